@@ -1,0 +1,41 @@
+# Each target sets up .venv by itself, once: see tools/setup.sh.
+# Another interpreter: make run PYTHON=python3.12
+PYTHON ?=
+export PYTHON
+python := .venv/bin/python
+
+.PHONY: help setup run lab test clean
+
+help:
+	@echo "make run     execute every notebook, write each as HTML under build/"
+	@echo "make lab     open JupyterLab in notebooks/"
+	@echo "make test    unit tests, static checks, and nbval over every notebook"
+	@echo "make clean   remove what these made: .venv, build/ and caches"
+
+setup:
+	@sh tools/setup.sh
+
+run: setup
+	@$(python) tools/run_notebooks.py
+
+# Jupyter listens on 127.0.0.1 and asks for its token. As root, in a container, it wants --allow-root.
+lab: setup
+	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
+	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$root
+
+# The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
+# come from a CPU with no network, so it sees neither a GPU nor the Hub.
+test: setup
+	@$(python) -m ruff format --check --diff .
+	@$(python) -m ruff check .
+	@set -e; unset TUTORIAL_MODELS; private=$$(mktemp -d); \
+	trap 'rm -rf "$$private"' EXIT; trap 'exit 130' INT TERM; \
+	export TORCHINDUCTOR_CACHE_DIR="$$private/inductor" IPYTHONDIR="$$private/ipython"; \
+	$(python) -m pytest tests; \
+	color=; [ -t 1 ] || color=--color=no; \
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color --nbval --nbval-current-env \
+		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
+
+clean:
+	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Keeps messages out of the notebooks that say nothing to a reader. Each is named exactly; all others still show."""
+
+import logging
+import os
+
+# (logger, start of the message): what the libraries log on a correct installation.
+NOISE = [
+    # An optional kernel package for CPUs with AVX512-BF16; the lessons do not use the layout that it serves.
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
+    # Image processors are imported along with the pipelines and never called.
+    ("transformers.utils.import_utils", "`CLIPImageProcessor` requires torchvision"),
+    ("transformers.utils.import_utils", "`SiglipImageProcessor` requires torchvision"),
+]
+
+
+class _Starts(logging.Filter):
+    """Drops the records whose message begins with `start`."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+    def __eq__(self, other: object) -> bool:  # Logger.addFilter adds no filter twice
+        return isinstance(other, _Starts) and other.start == self.start
+
+    __hash__ = None
+
+
+def install() -> None:
+    """Filter the known noise and switch off the loading bars of diffusers and transformers. May be called again.
+
+    Loading bars end up in the stored output of a notebook, and differ from run to run. Bars of a download stay, and so
+    does the bar of the denoising loop: `pipeline.set_progress_bar_config(disable=True)` is for the notebook to say.
+    """
+    # "max-autotune" would print a table of timings for each matrix product.
+    os.environ.setdefault("TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED", "0")
+    for logger, start in NOISE:
+        logging.getLogger(logger).addFilter(_Starts(start))
+
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

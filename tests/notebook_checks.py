@@ -1,0 +1,284 @@
+"""Static checks of one notebook, as stored. Each takes the notebook and returns sentences, one for each problem.
+
+`CHECKS` lists them. They read the file and execute nothing: nbval does that.
+"""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+MAX_BYTES = 1_000_000
+MAX_CELL_LINES = 25
+MAX_MEDIAN_LINES = 8
+TEXT_PER_CODE = (2 / 3, 2)  # text cells for each code cell
+
+# What nbval knows and the design allows. A skipped cell is a cell that nobody tests.
+TAGS = {"nbval-ignore-output", "raises-exception"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|tmp|Users|mnt|media|opt|srv|var)/\S*|\b[A-Z]:\\\w\S*")
+LINK = re.compile(r"\]\(<?([^)\s>]+)|^\s*\[[^\]]+\]:\s*(\S+)|(?:src|href)=[\"']([^\"']+)", re.MULTILINE)
+
+
+def check_format(notebook: NotebookNode) -> list[str]:
+    """The file is a valid notebook."""
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        return [f"The notebook is not valid: {str(error).splitlines()[0]}"]
+    return []
+
+
+def check_metadata(notebook: NotebookNode) -> list[str]:
+    """Kernelspec python3, and no metadata that differs between machines."""
+    problems = []
+    kernel = notebook.metadata.get("kernelspec", {})
+    if kernel.get("name") != "python3" or kernel.get("display_name") not in {"Python 3", "Python 3 (ipykernel)"}:
+        problems.append(f"The kernelspec must be python3, named 'Python 3 (ipykernel)', and is {dict(kernel)}.")
+    for key in sorted(set(notebook.metadata) - {"kernelspec", "language_info", "widgets"}):
+        problems.append(f"The notebook's metadata has '{key}': remove it.")
+    for index, cell in enumerate(notebook.cells):
+        for key in sorted(set(cell.metadata) - {"tags", "jupyter"}):
+            problems.append(f"{name(index, cell)} has the metadata '{key}': remove it.")
+    return problems
+
+
+def check_executed(notebook: NotebookNode) -> list[str]:
+    """Every code cell was executed, in order, from a fresh kernel. Errors are stored where meant, only there."""
+    problems = []
+    for number, (index, cell) in enumerate(code_cells(notebook), start=1):
+        if not cell.source.strip():
+            problems.append(f"{name(index, cell)} is empty: remove it.")
+        if cell.execution_count != number:
+            problems.append(
+                f"{name(index, cell)} has the number {cell.execution_count}, not {number}: run all, in order."
+            )
+        failed = any(output.output_type == "error" for output in cell.outputs)
+        meant = "raises-exception" in tags(cell)
+        if failed and not meant:
+            problems.append(f"{name(index, cell)} stores an error.")
+        if meant and not failed:
+            problems.append(f"{name(index, cell)} is tagged raises-exception and stores no error.")
+    return problems
+
+
+def check_widgets(notebook: NotebookNode) -> list[str]:
+    """No widgets: they show nothing outside a live kernel, and their ids change with every run."""
+    problems = []
+    if "widgets" in notebook.metadata:
+        problems.append("The notebook's metadata stores widget state.")
+    for index, cell in code_cells(notebook):
+        if any(WIDGET in output.get("data", {}) for output in cell.outputs):
+            problems.append(f"{name(index, cell)} stores a widget.")
+    return problems
+
+
+def check_size(notebook: NotebookNode) -> list[str]:
+    """The file stays small."""
+    size = len(nbformat.writes(notebook).encode())
+    return [f"The notebook has {size} bytes; {MAX_BYTES} are allowed."] if size > MAX_BYTES else []
+
+
+def check_plain_python(notebook: NotebookNode) -> list[str]:
+    """Each code cell is plain Python, which a script runs as well: no magics, no shell lines, no get_ipython."""
+    problems = []
+    for index, cell in code_cells(notebook):
+        tree = parse(cell)
+        if tree is None:
+            problems.append(f"{name(index, cell)} is not plain Python: no magics, no shell lines.")
+        elif any(isinstance(node, ast.Name) and node.id == "get_ipython" for node in ast.walk(tree)):
+            problems.append(f"{name(index, cell)} calls get_ipython: a script has none.")
+    return problems
+
+
+def check_title(notebook: NotebookNode) -> list[str]:
+    """Exactly one H1, and it comes first."""
+    titles = [
+        (index, line)
+        for index, cell in text_cells(notebook)
+        for line in without_code(cell.source).splitlines()
+        if re.match(r"\s{0,3}#\s|.*<h1", line)
+    ]
+    problems = []
+    if len(titles) != 1:
+        problems.append(f"The notebook has {len(titles)} H1, not one: {[line for _, line in titles]}.")
+    if (
+        not notebook.cells
+        or not re.match(r"#\s", notebook.cells[0].source)
+        or notebook.cells[0].cell_type != "markdown"
+    ):
+        problems.append("The notebook does not begin with its H1.")
+    return problems
+
+
+def check_lengths(notebook: NotebookNode) -> list[str]:
+    """Code cells are short: a reader sees one without scrolling."""
+    lengths = [(index, cell, len(cell.source.splitlines())) for index, cell in code_cells(notebook)]
+    problems = [
+        f"{name(index, cell)} has {length} lines; {MAX_CELL_LINES} are allowed."
+        for index, cell, length in lengths
+        if length > MAX_CELL_LINES
+    ]
+    median = statistics.median([length for *_, length in lengths] or [0])
+    if median > MAX_MEDIAN_LINES:
+        problems.append(f"The median code cell has {median:g} lines; {MAX_MEDIAN_LINES} are allowed.")
+    return problems
+
+
+def check_balance(notebook: NotebookNode) -> list[str]:
+    """About as many text cells as code cells, and at least one of each."""
+    text, code = len(list(text_cells(notebook))), len(list(code_cells(notebook)))
+    low, high = TEXT_PER_CODE
+    if not code or not low <= text / code <= high:
+        return [f"The notebook has {text} text cells and {code} code cells: about as many of each are wanted."]
+    return []
+
+
+def check_frame(notebook: NotebookNode) -> list[str]:
+    """Text comes before the first code cell and after the last."""
+    problems = []
+    kinds = [cell.cell_type for cell in notebook.cells]
+    if "code" in kinds and "markdown" not in kinds[: kinds.index("code")][-1:]:
+        problems.append("No text comes right before the first code cell.")
+    if kinds[-1:] != ["markdown"]:
+        problems.append("The notebook does not end with text.")
+    return problems
+
+
+def check_paths(notebook: NotebookNode) -> list[str]:
+    """No absolute path of a machine, neither in sources nor in outputs."""
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        for where, text in [("source", cell.source), *(("output", text) for text in output_texts(cell))]:
+            for path in sorted(set(MACHINE_PATH.findall(text))):
+                problems.append(f"{name(index, cell)} has a path of one machine in its {where}: {path}")
+    return problems
+
+
+def check_noise(notebook: NotebookNode) -> list[str]:
+    """Nothing is printed on stderr: a reader has no use for it."""
+    problems = []
+    for index, cell in code_cells(notebook):
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                problems.append(f"{name(index, cell)} prints on stderr: {output.text.strip().splitlines()[:1]}")
+    return problems
+
+
+def check_tags(notebook: NotebookNode) -> list[str]:
+    """Only known tags, no markers in comments, and an assert wherever the output is not compared."""
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        for tag in sorted(tags(cell) - TAGS):
+            problems.append(f"{name(index, cell)} has the tag '{tag}'; allowed are {sorted(TAGS)}.")
+        if cell.cell_type != "code":
+            continue
+        if re.search(r"^\s*#+\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE):
+            problems.append(f"{name(index, cell)} has an nbval marker in a comment: use a tag.")
+        tree = parse(cell)
+        asserts = tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+        if "nbval-ignore-output" in tags(cell) and not asserts:
+            problems.append(f"{name(index, cell)} is tagged nbval-ignore-output and asserts nothing.")
+    return problems
+
+
+def check_links(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
+    """Each link in text to a file of the repository leads to one."""
+    problems = []
+    for index, cell in text_cells(notebook):
+        for groups in LINK.findall(without_code(cell.source)):
+            link = "".join(groups)
+            path = link.split("#")[0].split("?")[0]
+            if not path or re.match(r"[a-z]+:", link):
+                continue
+            if path.startswith("/") or not (folder / path).exists():
+                problems.append(f"{name(index, cell)} links to {link}, which is not there.")
+    return problems
+
+
+def check_ruff(notebook: NotebookNode) -> list[str]:
+    """ruff finds nothing, and would format nothing."""
+    text = nbformat.writes(notebook) + "\n"
+    problems = []
+    for arguments in (["check", "--output-format=concise"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--stdin-filename", "notebooks/a.ipynb", "-"]
+        done = subprocess.run(command, input=text, text=True, capture_output=True, cwd=ROOT)
+        if done.returncode:
+            problems.append(f"ruff {arguments[0]}: {(done.stdout + done.stderr).strip()}")
+    return problems
+
+
+CHECKS = [
+    check_format,
+    check_metadata,
+    check_executed,
+    check_widgets,
+    check_size,
+    check_plain_python,
+    check_title,
+    check_lengths,
+    check_balance,
+    check_frame,
+    check_paths,
+    check_noise,
+    check_tags,
+    check_links,
+    check_ruff,
+]
+
+
+def code_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
+    """The code cells, each with its index in the notebook."""
+    return ((index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+
+
+def text_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
+    """The text cells, each with its index in the notebook."""
+    return ((index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "markdown")
+
+
+def name(index: int, cell: NotebookNode) -> str:
+    """How a problem names a cell: its index in the notebook and its first line."""
+    line = next((line.strip() for line in cell.source.splitlines() if line.strip()), "empty")
+    return f"Cell {index} ({line[:60]})"
+
+
+def tags(cell: NotebookNode) -> set[str]:
+    """The tags of a cell."""
+    return set(cell.metadata.get("tags", []))
+
+
+def parse(cell: NotebookNode) -> ast.Module | None:
+    """The syntax tree of a code cell, None if it is not plain Python."""
+    try:
+        return ast.parse(cell.source)
+    except SyntaxError:
+        return None
+
+
+def without_code(markdown: str) -> str:
+    """Markdown without its code: there, `# ` is a comment and `](` an index."""
+    markdown = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", markdown)
+
+
+def output_texts(cell: NotebookNode) -> Iterator[str]:
+    """All text that a reader sees in the outputs of a cell; encoded pictures are left out."""
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            yield output.text
+        elif output.output_type == "error":
+            yield "\n".join([output.evalue, *output.traceback])
+        else:
+            for kind, data in output.data.items():
+                if kind.startswith("text/") or kind in {"image/svg+xml", "application/json"}:
+                    yield re.sub(r"data:[\w/+;-]+,[\w+/=%]+", "", str(data))

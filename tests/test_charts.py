@@ -1,0 +1,134 @@
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Annotation, Text
+
+from helpers import charts
+from helpers.measure import Measurement
+from helpers.residency import Residency
+
+MEASUREMENTS = [
+    Measurement("bf16, everything on the accelerator all the time", latency_s=5.0, run_peak_gb=33.0),
+    Measurement("nf4", latency_s=5.2, run_peak_gb=14.05),
+    Measurement("nf4 + compile", latency_s=4.31, run_peak_gb=14.05),
+    Measurement("nf4 + regional compile", latency_s=4.35, run_peak_gb=14.06),
+    Measurement("nf4 + regional compile + model offload", latency_s=9.3, run_peak_gb=7.14),
+]
+EVENTS = [
+    Residency("text_encoder", 0.0, 0.1, 246_000_000, 246_000_000, 1),
+    Residency("transformer", 0.1, 5.5, 6_700_000_000, 6_700_000_000, 1),
+    Residency("vae", 5.5, 5.501, 168_000_000, 168_000_000, 1),
+    Residency("text_encoder", 5.501, 6.0, 246_000_000, 246_000_000, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def every_figure_is_closed():
+    yield
+    assert plt.get_fignums() == []  # an open figure would show a second time
+
+
+def test_table_as_text():
+    rows = [Measurement("bf16", latency_s=12.3456, repeats=3), {"name": "nf4", "latency_s": 0.012345, "ok": True}]
+    text = repr(charts.table(rows, ["name", "latency_s", "repeats", "ok"]))
+    assert text.splitlines() == [
+        "name  latency_s  repeats   ok",
+        "bf16       12.3        3    –",
+        "nf4      0.0123        –  yes",
+    ]
+
+
+def test_table_with_formats_as_html():
+    table = charts.table([{"a<b": "x & y", "n": 2.0}], {"a<b": "", "n": ".3f"})
+    assert table._repr_html_() == (
+        "<table>\n"
+        '<thead><tr><th style="text-align: left">a&lt;b</th><th style="text-align: right">n</th></tr></thead>\n'
+        '<tbody>\n<tr><td style="text-align: left">x &amp; y</td><td style="text-align: right">2.000</td></tr>\n'
+        "</tbody>\n</table>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00"), (1.0, "1.00"), (9.999, "10.0"), (1234.7, "1235"), (-0.01234, "-0.0123"), (float("inf"), "inf")],
+)
+def test_three_digits(value, text):
+    assert charts._three_digits(value) == text
+
+
+def boxes_of(figure) -> dict[str, object]:
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [text for text in axes.texts if isinstance(text, Annotation)]
+    return {label.get_text(): Text.get_window_extent(label) for label in labels}
+
+
+@pytest.mark.parametrize(
+    "measurements", [MEASUREMENTS, [Measurement(f"technique {i}", latency_s=1.0, run_peak_gb=2.0) for i in range(7)]]
+)
+def test_labels_of_points_do_not_overlap(measurements):
+    figure = charts.latency_memory_chart(measurements, title="nf4 halves the memory")
+    boxes = boxes_of(figure)
+    assert list(boxes) == [entry.name for entry in measurements]
+    for (first, one), (second, other) in itertools.combinations(boxes.items(), 2):
+        assert not one.overlaps(other), (first, second)
+    (axes,) = figure.axes
+    inside = axes.get_window_extent().padded(1)
+    for name, box in boxes.items():
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, name
+    points = [tuple(point) for part in axes.collections for point in part.get_offsets()]
+    assert points == [(entry.peak_gb, entry.latency_s) for entry in measurements]
+    assert axes.get_title(loc="left") == "nf4 halves the memory"
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+
+
+def test_chart_on_a_cpu_uses_another_field():
+    entry = Measurement("nf4", latency_s=1.0, footprint_gb=0.004)
+    figure = charts.latency_memory_chart([entry], memory="footprint_gb", memory_label="weights (GB)")
+    assert figure.axes[0].get_xlabel() == "weights (GB)"
+    with pytest.raises(ValueError, match="'nf4' has no latency_s or no peak_gb"):
+        charts.latency_memory_chart([entry])
+
+
+def test_image_grid():
+    row = [np.zeros((8, 8, 3)), np.ones((8, 8, 3))]
+    figure = charts.image_grid([row, row[:1]], ["first", "second"], ["bf16", "nf4"])
+    assert len(figure.axes) == 4 and [len(axes.images) for axes in figure.axes] == [1, 1, 1, 0]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["first", "second"]
+    assert [figure.axes[0].get_ylabel(), figure.axes[2].get_ylabel()] == ["bf16", "nf4"]
+    assert repr(figure) == "<Figure size 360x390 with 4 Axes>"
+
+
+def test_weight_histogram():
+    weight = torch.tensor([-1.0, 0.5, 0.5, 1.0], dtype=torch.bfloat16)
+    figure = charts.weight_histogram({"bf16": weight, "nf4": np.array([0.0, 0.0])}, title="16 levels", bins=4)
+    counts = [[patch.get_height() for patch in axes.patches] for axes in figure.axes]
+    assert counts == [[1, 0, 2, 1], [0, 0, 2, 0]] or counts == [[1, 0, 1, 2], [0, 0, 2, 0]]
+    assert figure.axes[0].get_title(loc="left") == "16 levels"
+
+
+def test_residency_timeline():
+    figure = charts.residency_timeline(EVENTS, title="One at a time")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["text_encoder", "transformer", "vae"]
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert [(round(row), x) for row, x, _ in bars] == [(0, 0.0), (1, 0.1), (2, 5.5), (0, 5.501)]
+    assert bars[1][2] == pytest.approx(5.4)
+    assert bars[2][2] > 0.005  # too short to see otherwise
+    assert [text.get_text() for text in axes.texts] == ["0.246 GB", "6.70 GB", "0.168 GB", "0.246 GB"]
+    figure.draw_without_rendering()
+    for text, bar in zip(axes.texts, axes.patches, strict=True):
+        box = text.get_window_extent()
+        # Black beside its bar, or white inside it.
+        assert box.overlaps(bar.get_window_extent()) == (text.get_color() == "white")
+        assert axes.get_window_extent().x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    megabytes = charts.residency_timeline(EVENTS, unit="MB").axes[0]
+    assert megabytes.texts[0].get_text() == "246 MB"
+
+
+def test_timeline_needs_events():
+    with pytest.raises(ValueError, match="needs events"):
+        charts.residency_timeline([])

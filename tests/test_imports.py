@@ -1,0 +1,62 @@
+import ast
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import helpers
+from helpers import quiet
+
+FOLDER = Path(helpers.__file__).parent
+MODULES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "__init__")
+
+SCRIPT = """
+import helpers
+from helpers import {modules}
+cpu_backend.enable()
+import bitsandbytes, diffusers, transformers
+from conftest import draw, nf4_config
+import torch
+pipeline = diffusers.DiffusionPipeline.from_pretrained(
+    {checkpoint!r}, quantization_config=nf4_config(), dtype=torch.bfloat16
+)
+pipeline.set_progress_bar_config(disable=True)
+draw(pipeline)
+"""
+
+
+def test_importing_loading_and_drawing_prints_nothing(tiny_checkpoint):
+    code = SCRIPT.format(modules=", ".join(MODULES), checkpoint=str(tiny_checkpoint))
+    path = [str(FOLDER.parent), str(Path(__file__).parent)]
+    process = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n" + code], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_other_messages_of_the_same_logger_still_show(caplog):
+    for logger, start in quiet.NOISE:
+        with caplog.at_level(logging.WARNING):
+            logging.getLogger(logger).addHandler(caplog.handler)  # some loggers do not propagate
+            caplog.clear()
+            logging.getLogger(logger).warning("%s and so on", start)
+            assert not caplog.records
+            logging.getLogger(logger).warning("A real warning: %s", start)
+            assert caplog.records
+            logging.getLogger(logger).removeHandler(caplog.handler)
+
+
+def test_install_twice_adds_no_second_filter():
+    before = [list(logging.getLogger(logger).filters) for logger, _ in quiet.NOISE]
+    quiet.install()
+    assert [logging.getLogger(logger).filters for logger, _ in quiet.NOISE] == before
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_helpers_import_neither_benchmarks_nor_training(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {module.split(".")[0] for module in imported} & {"benchmarks", "training", "notebooks", "tools"}

@@ -1,0 +1,121 @@
+"""Each static check passes a good notebook and finds each of its faults in a broken one."""
+
+import nbformat
+import notebook_checks
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+
+def good_notebook():
+    """Two code cells among three text cells, as stored after a run."""
+    return new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}},
+        cells=[
+            new_markdown_cell(
+                "# Title\n\nRead the [sanitize file](nbval_sanitize.cfg), `a[0](1)` or https://example.org/tmp/."
+            ),
+            new_code_cell("x = 1\nx", execution_count=1, outputs=[result("1")]),
+            new_markdown_cell("Text.\n\n```python\n# a comment, no title\n```"),
+            new_code_cell("assert x == 1", execution_count=2, metadata={"tags": ["nbval-ignore-output"]}),
+            new_markdown_cell("The end."),
+        ],
+    )
+
+
+def result(text, kind="text/plain"):
+    return new_output("execute_result", {kind: text}, execution_count=1)
+
+
+def error():
+    return new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"])
+
+
+def code(notebook):
+    return notebook.cells[1]
+
+
+# Each breaks a good notebook in one way. The key names the check and the fault.
+BREAKS = {
+    "format: unknown cell type": lambda n: n.cells[0].update(cell_type="poem"),
+    "metadata: other kernel": lambda n: n.metadata.kernelspec.update(name="venv-of-mine"),
+    "metadata: other display name": lambda n: n.metadata.kernelspec.update(display_name="venv-of-mine"),
+    "metadata: no kernel": lambda n: n.metadata.pop("kernelspec"),
+    "metadata: key of an editor": lambda n: n.metadata.update(vscode={}),
+    "metadata: times of a run": lambda n: code(n).metadata.update(execution={}),
+    "executed: not run": lambda n: code(n).update(execution_count=None),
+    "executed: out of order": lambda n: code(n).update(execution_count=3),
+    "executed: empty cell": lambda n: code(n).update(source=" \n"),
+    "executed: error": lambda n: code(n).outputs.append(error()),
+    "executed: meant error missing": lambda n: code(n).metadata.update(tags=["raises-exception"]),
+    "widgets: state": lambda n: n.metadata.update(widgets={}),
+    "widgets: view": lambda n: code(n).outputs.append(result({}, notebook_checks.WIDGET)),
+    "size: picture too large": lambda n: code(n).outputs.append(result("a" * 1_000_000, "image/png")),
+    "plain_python: line magic": lambda n: code(n).update(source="%time x = 1"),
+    "plain_python: cell magic": lambda n: code(n).update(source="%%time\nx = 1"),
+    "plain_python: assigned magic": lambda n: code(n).update(source="x = %pwd"),
+    "plain_python: shell": lambda n: code(n).update(source="!ls"),
+    "plain_python: help": lambda n: code(n).update(source="len?"),
+    "plain_python: pip by automagic": lambda n: code(n).update(source="pip install x"),
+    "plain_python: get_ipython": lambda n: code(n).update(source="get_ipython().system('ls')"),
+    "title: none": lambda n: n.cells[0].update(source="## Title"),
+    "title: two": lambda n: n.cells[2].update(source="# Second"),
+    "title: two, in HTML": lambda n: n.cells[2].update(source="<h1>Second</h1>"),
+    "title: not first": lambda n: n.cells.insert(0, new_markdown_cell("Hello.")),
+    "lengths: one long cell": lambda n: code(n).update(source="x = 1\n" * 26),
+    "lengths: all rather long": lambda n: [cell.update(source="x = 1\n" * 9) for cell in (n.cells[1], n.cells[3])],
+    "balance: little text": lambda n: n.cells.extend(new_code_cell("x") for _ in range(3)),
+    "balance: little code": lambda n: n.cells.extend(new_markdown_cell("x") for _ in range(2)),
+    "balance: no code": lambda n: n.update(cells=[n.cells[0]]),
+    "frame: code comes first": lambda n: n.cells.pop(0),
+    "frame: code comes last": lambda n: n.cells.pop(),
+    "paths: in code": lambda n: code(n).update(source="open('/home/me/x')"),
+    "paths: in text": lambda n: n.cells[2].update(source="See /root/x."),
+    "paths: in a result": lambda n: code(n).outputs.append(result("Path('/tmp/x')")),
+    "paths: of Windows": lambda n: code(n).outputs.append(result("C:\\Users\\me")),
+    "paths: printed": lambda n: code(n).outputs.append(new_output("stream", name="stdout", text="at /srv/x")),
+    "paths: in a traceback": lambda n: code(n).outputs.append(error() | {"traceback": ["File /home/me/a.py:1"]}),
+    "noise: stderr": lambda n: code(n).outputs.append(new_output("stream", name="stderr", text="Warning\n")),
+    "tags: skipped cell": lambda n: code(n).metadata.update(tags=["nbval-skip"]),
+    "tags: misspelt": lambda n: code(n).metadata.update(tags=["nbval-ignore"]),
+    "tags: marker in a comment": lambda n: code(n).update(source="# NBVAL_SKIP\nx"),
+    "tags: ignored and no assert": lambda n: n.cells[3].update(source="x  # assert"),
+    "links: file missing": lambda n: n.cells[2].update(source="[next](99_none.ipynb#part)"),
+    "links: picture missing": lambda n: n.cells[2].update(source='<img src="none.png">'),
+    "links: reference missing": lambda n: n.cells[2].update(source="See [it].\n\n[it]: none.md"),
+    "links: absolute": lambda n: n.cells[2].update(source="[it](/etc/passwd)"),
+    "ruff: unused import": lambda n: code(n).update(source="import os"),
+    "ruff: unknown name": lambda n: code(n).update(source="pwd"),
+    "ruff: not formatted": lambda n: code(n).update(source="x=1"),
+}
+
+
+@pytest.mark.parametrize("check", notebook_checks.CHECKS, ids=lambda check: check.__name__)
+def test_good_notebook_passes(check):
+    assert check(good_notebook()) == []
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_fault_is_found(fault):
+    notebook = good_notebook()
+    BREAKS[fault](notebook)
+    check = getattr(notebook_checks, "check_" + fault.split(":")[0])
+    problems = check(nbformat.from_dict(notebook))
+    assert problems and all(isinstance(problem, str) for problem in problems)
+
+
+def test_every_check_is_broken_once():
+    assert {f"check_{fault.split(':')[0]}" for fault in BREAKS} == {check.__name__ for check in notebook_checks.CHECKS}
+
+
+def test_meant_error_passes():
+    notebook = good_notebook()
+    code(notebook).metadata.tags = ["raises-exception"]
+    code(notebook).outputs = [error()]
+    assert notebook_checks.check_executed(notebook) == []
+
+
+def test_encoded_picture_is_no_path():
+    notebook = good_notebook()
+    picture = '<img src="data:image/png;base64,AAAA+/tmp/AAAA=">'
+    code(notebook).outputs = [result(picture, "text/html"), result("/tmp/AAAA", "image/png")]
+    assert notebook_checks.check_paths(notebook) == []

@@ -1,0 +1,218 @@
+"""Execute every notebook headless and write each as HTML.
+
+    python tools/run_notebooks.py [--notebooks notebooks] [--build build]
+
+The notebooks themselves stay as they are. They see this program's environment, TUTORIAL_MODELS included.
+Exit status: 0 if all passed, 1 if any failed or none was found, 130 after Ctrl-C.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+try:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+except ImportError as error:
+    sys.exit(f"{error.name} is missing: start this with `make run`, which sets up .venv.")
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG_EVERY_S = 20  # a sign of life when nobody watches a terminal
+
+
+@dataclass
+class Run:
+    """One notebook on its way."""
+
+    path: Path
+    notebook: nbformat.NotebookNode
+    started: float = field(default_factory=time.monotonic)
+    cell_number: int = 0  # of code cells, from 1, as the reader sees them: In [7]
+    cell_source: str = ""
+
+    @property
+    def cell_count(self) -> int:
+        """How many code cells will run."""
+        return sum(is_executed(cell) for cell in self.notebook.cells)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def on_cell(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        """nbclient calls this before each code cell."""
+        self.cell_number += 1
+        self.cell_source = cell.source
+
+
+def is_executed(cell: nbformat.NotebookNode) -> bool:
+    """Whether nbclient sends this cell to the kernel: code, and not empty."""
+    return cell.cell_type == "code" and bool(cell.source.strip())
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """The notebook without its stored outputs, so that no old output passes for one of this run.
+
+    Raises ValueError if the file is no valid notebook.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError) as error:
+        raise ValueError(f"not a valid notebook: {first_line(str(error))}") from error
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def execute(run: Run) -> str | None:
+    """Execute the notebook in place, in its own folder. None, or one sentence on what failed."""
+    client = NotebookClient(
+        run.notebook,
+        timeout=None,  # a full-size run may take an hour
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(run.path.parent)}},
+        config=Config(KernelManager={"transport_encryption": "auto"}),  # else every kernel warns that it is off
+        on_cell_execute=run.on_cell,
+    )
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            asyncio.run(client.async_execute())
+            outcome.append(None)
+        except BaseException as error:  # reported by the main thread
+            outcome.append(error)
+
+    # The kernel is driven from a thread: this one shows the time passing, and Ctrl-C reaches it.
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        show_progress(run, worker)
+    except KeyboardInterrupt:
+        kill_kernel(client)
+        worker.join(timeout=10)
+        raise
+    return describe_failure(run, outcome[0])
+
+
+def show_progress(run: Run, worker: threading.Thread) -> None:
+    """Until the worker ends: a line that is rewritten on a terminal, else one now and then."""
+    terminal = sys.stdout.isatty()
+    next_log = LOG_EVERY_S
+    while worker.is_alive():
+        worker.join(timeout=0.2)
+        line = f"[{run.path.stem}] cell {run.cell_number}/{run.cell_count}  {run.seconds:.0f} s"
+        if terminal:
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        elif run.seconds > next_log:
+            print(line, flush=True)
+            next_log += LOG_EVERY_S
+    if terminal:
+        print("\r\x1b[K", end="", flush=True)
+
+
+def kill_kernel(client: NotebookClient) -> None:
+    """End the kernel at once; it has its own process group and has seen no Ctrl-C."""
+    process = getattr(getattr(client.km, "provisioner", None), "process", None)
+    if process is not None and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def describe_failure(run: Run, error: BaseException | None) -> str | None:
+    """One sentence that names the cell and the error; None if there was none."""
+    if error is None:
+        return None
+    where = f"cell {run.cell_number} ({first_line(run.cell_source)})"
+    if isinstance(error, CellExecutionError):
+        return f"{where}: {error.ename}: {first_line(error.evalue) or 'no message'}"
+    if isinstance(error, DeadKernelError):
+        return f"{where}: the kernel died; too little memory is the usual cause"
+    where = where if run.cell_number else "before the first cell"
+    return f"{where}: {type(error).__name__}: {first_line(str(error))}"
+
+
+def first_line(text: str, width: int = 100) -> str:
+    """The first line that is not blank, shortened."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def write_html(run: Run, folder: Path) -> Path:
+    """Write the notebook as one HTML file, pictures included, and return its path."""
+    exporter = HTMLExporter(embed_images=True)
+    page, _ = exporter.from_notebook_node(
+        run.notebook, resources={"metadata": {"name": run.path.stem, "path": str(run.path.parent)}}
+    )
+    # Scripts from the network (formulas) must not hold up a page that is read without one.
+    page = page.replace('<script src="https://', '<script defer src="https://')
+    # The next lesson lies beside this page, as HTML.
+    page = re.sub(r'href="([\w-]+)\.ipynb', r'href="\1.html', page)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{run.path.stem}.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def run_one(path: Path, build: Path) -> bool:
+    """Execute one notebook, write its page, print its line. True if it passed."""
+    try:
+        run = Run(path, read_notebook(path))
+        failure = execute(run)
+        seconds = run.seconds
+        write_html(run, build)
+    except (ValueError, OSError) as error:
+        print(f"{path.stem}  FAILED  {first_line(str(error))}", flush=True)
+        return False
+    if failure:
+        print(f"{path.stem}  FAILED  {seconds:.1f} s  {failure}", flush=True)
+        return False
+    print(f"{path.stem}  passed  {seconds:.1f} s", flush=True)
+    return True
+
+
+def stop(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: no kernel stays behind."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all notebooks in the order of their names. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help="folder of the notebooks")
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="folder for the pages")
+    options = parser.parse_args(arguments)
+    paths = sorted(options.notebooks.glob("*.ipynb"))
+    if not paths:
+        print(f"No notebooks in {options.notebooks}: nothing to run.", file=sys.stderr)
+        return 1
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel's debugger warns at every start
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        passed = [run_one(path, options.build) for path in paths]
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    failed = passed.count(False)
+    verdict = (
+        f"{failed} of {len(paths)} notebooks failed" if failed else f"{len(paths)} of {len(paths)} notebooks passed"
+    )
+    print(f"{verdict}. Open {options.build.resolve()}/*.html in a browser.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
