@@ -4,6 +4,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 """
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -198,7 +199,8 @@ def image_grid(
             for column, image in enumerate(line):
                 axes[row, column].imshow(np.asarray(image))
         for axis, text in zip(axes[0], titles, strict=False):
-            axis.set_title(text, loc="center", fontsize=10)
+            # Ten letters of this size to an inch: long titles break into lines and do not run into their neighbours.
+            axis.set_title(textwrap.fill(text, round(10 * size)), loc="center", fontsize=10)
         for axis, text in zip(axes[:, 0], row_titles, strict=False):
             axis.set_ylabel(text, fontsize=10)
     plt.close(figure)

@@ -97,8 +97,8 @@ CHECKPOINTS = {
         prompts=(
             "cat face on a yellow background",
             "rocket on a blue background",
-            "red apple on a green background",
-            "octopus on a pink background",
+            "pineapple on a pink background",
+            "owl on a white background",
         ),
         height=128,
         width=128,

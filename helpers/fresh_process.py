@@ -6,21 +6,27 @@ It imports nothing of ours, so that the process holds what the function loads an
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
+def find(place: dict) -> Callable:
+    """The function at `place`: {"source", "function"}, or {"module", "function"}. See `helpers.measure._locate`."""
+    if "source" in place:
+        namespace = {"__name__": "__main__"}
+        exec(compile(place["source"], f"<{place['function']}>", "exec"), namespace)
+        return namespace[place["function"]]
+    function = importlib.import_module(place["module"])
+    for name in place["function"].split("."):
+        function = getattr(function, name)
+    return function
+
+
 def main(job_file: str, result_file: str) -> None:
+    """Call the function that the job names; write what it returns."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     sys.path[:] = job["sys_path"]
-    if "source" in job:
-        namespace = {"__name__": "__main__"}
-        exec(compile(job["source"], f"<{job['function']}>", "exec"), namespace)
-        function = namespace[job["function"]]
-    else:
-        function = importlib.import_module(job["module"])
-        for name in job["function"].split("."):
-            function = getattr(function, name)
-    value = function(**job["arguments"])
+    value = find(job)(**job["arguments"])
     is_measurement = type(value).__name__ == "Measurement"
     result = {"is_measurement": is_measurement, "value": value.to_dict() if is_measurement else value}
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")

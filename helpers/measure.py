@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 import torch
 
+from helpers import cpu_backend, fresh_process
 from helpers.checkpoints import Checkpoint
 from helpers.errors import TutorialError
 
@@ -445,8 +446,9 @@ def load_measurements(path: str | Path) -> list[Measurement]:
 
 def environment() -> dict[str, str | None]:
     """Device, driver and versions of the libraries, by the field names of `Measurement`."""
-    libraries = ("torch", "diffusers", "transformers", "bitsandbytes")
-    return {"device": device_name(), "driver": _driver_version()} | {name: metadata.version(name) for name in libraries}
+    versions = {name: metadata.version(name) for name in ("diffusers", "transformers", "bitsandbytes")}
+    # Unlike its metadata, torch itself always names its build, such as +cpu.
+    return {"device": device_name(), "driver": _driver_version(), "torch": str(torch.__version__), **versions}
 
 
 def device_name() -> str:
@@ -517,6 +519,55 @@ def run_in_fresh_process(
     print(process.stdout, end="")
     print(process.stderr, end="", file=sys.stderr)
     raise TutorialError(_explain_failure(name, process.returncode, process.stderr))
+
+
+def measure_in_fresh_process(
+    load: Callable[..., Any] | str,
+    checkpoint: Checkpoint,
+    name: str,
+    arguments: dict[str, Any] | None = None,
+    repeats: int = 3,
+    picture: str | Path | None = None,
+    timeout_s: float = 1800,
+) -> Measurement:
+    """Load a pipeline with `load(**arguments)` and draw with it, all in a new process; returns the measurement.
+
+    `load` travels as in `run_in_fresh_process`. It returns the pipeline, ready to be called; or the pipeline and a
+    dictionary of arguments to call it with besides those of the checkpoint, of which None removes one. With `picture`,
+    a file name ending in .png, the last image is written there.
+
+    Raises:
+        TutorialError: as `run_in_fresh_process`.
+    """
+    job = {
+        "load": _locate(load),
+        "arguments": arguments or {},
+        "checkpoint": asdict(checkpoint),
+        "name": name,
+        "repeats": repeats,
+        "picture": None if picture is None else str(Path(picture).absolute()),
+    }
+    return run_in_fresh_process("helpers.measure:_load_and_run", job, timeout_s)
+
+
+def _load_and_run(
+    load: dict, arguments: dict, checkpoint: dict, name: str, repeats: int, picture: str | None
+) -> Measurement:
+    """What `measure_in_fresh_process` does in the other process."""
+    cpu_backend.enable()
+    settings = Checkpoint(**checkpoint | {"prompts": tuple(checkpoint["prompts"])})
+    loaded, load_figures = measure_load(lambda: fresh_process.find(load)(**arguments))
+    pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
+    pipeline.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in (settings.call_arguments | changes).items() if value is not None}
+
+    def draw() -> Any:
+        return pipeline(**call, generator=torch.Generator("cpu").manual_seed(settings.seed))
+
+    run = measure_run(draw, repeats=repeats, pipeline=pipeline)
+    if picture is not None:
+        run.output.images[0].save(picture)
+    return measurement(name, settings, load_figures, run, pipeline)
 
 
 def _locate(function: Callable[..., Any] | str) -> dict[str, str]:

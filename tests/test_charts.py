@@ -100,6 +100,8 @@ def test_image_grid():
     assert [axes.get_title() for axes in figure.axes[:2]] == ["first", "second"]
     assert [figure.axes[0].get_ylabel(), figure.axes[2].get_ylabel()] == ["bf16", "nf4"]
     assert repr(figure) == "<Figure size 360x390 with 4 Axes>"
+    long = charts.image_grid([row], ["pineapple on a pink background"] * 2).axes[0]
+    assert long.get_title() == "pineapple on a\npink background"  # beside its neighbour, not over it
 
 
 def test_weight_histogram():

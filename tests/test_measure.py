@@ -2,6 +2,7 @@ import gc
 import os
 import time
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import draw
+from PIL import Image
 
 from helpers import cpu_backend, measure
 from helpers.checkpoints import CHECKPOINTS
@@ -340,6 +342,36 @@ def test_function_with_variables_of_another():
         return number + 1
 
     assert "add uses variables of the function around it (number)" in failure_of(add)
+
+
+def load_bf16(path: str, steps: int):
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    return pipeline, {"num_inference_steps": steps, "max_sequence_length": None}
+
+
+def test_a_pipeline_in_a_fresh_process(tiny_checkpoint, tmp_path):
+    settings = replace(CHECKPOINTS["flux", "pocket"], height=32, width=32)
+    picture = tmp_path / "picture.png"
+    result = measure.measure_in_fresh_process(
+        load_bf16, settings, "bf16", {"path": str(tiny_checkpoint), "steps": 2}, repeats=2, picture=picture
+    )
+    assert (result.name, result.repeats, result.height) == ("bf16", 2, 32)
+    assert result.load_s > 0 and result.latency_s > 0 and result.host_peak_gb > 0.2 and result.footprint_gb > 0
+    pipeline, changes = load_bf16(str(tiny_checkpoint), 2)
+    pipeline.set_progress_bar_config(disable=True)
+    call = settings.call_arguments | {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    del call["max_sequence_length"]  # None removes it: the pipeline's own 512 tokens count
+    np.testing.assert_array_equal(np.asarray(pipeline(**call).images[0]), np.asarray(Image.open(picture)))
+
+
+def test_a_pipeline_that_fails_in_a_fresh_process(tmp_path):
+    with pytest.raises(TutorialError, match="failed in its own process"):
+        measure.measure_in_fresh_process(
+            load_bf16, CHECKPOINTS["flux", "pocket"], "x", {"path": str(tmp_path), "steps": 1}
+        )
 
 
 # On a GPU

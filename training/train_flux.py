@@ -1,0 +1,482 @@
+"""Trains pocket-flux from nothing and writes it as a diffusers pipeline.
+
+    python training/train_flux.py --out checkpoints/pocket-flux
+
+Two stages: an autoencoder for 128 x 128 pictures, then the text encoders and the transformer together, by rectified
+flow on the autoencoder's latents. Both are seeded. The state is saved once a minute: the same command goes on
+where it was stopped. It takes about eight minutes on one data-centre GPU (H200).
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from emoji import COLOURS, FONT, TEMPLATES, load_emoji, make_prompt, split_pairs
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+SIZE = 128  # pixels
+WIDTH = 192  # of the transformer: a multiple of 64, the block of nf4
+TEXT_WIDTH = 128
+CLIP_TOKENS, T5_TOKENS = 77, 512  # what FluxPipeline pads to by default
+SHORT = 32  # tokens, more than any prompt here has
+UNKNOWN = 3  # the token of an unknown word
+SHIFT = 1.6  # what the scheduler's dynamic shift comes to at 128 x 128
+
+
+def build_tokenizer(words: list[str], max_length: int, bos: bool) -> PreTrainedTokenizerFast:
+    """Builds a word-level tokenizer: lower case, split at blanks, commas and full stops; an unknown word is [UNK]."""
+    special = ["<pad>", "</s>", "<s>", "[UNK]"]
+    vocabulary = {word: i for i, word in enumerate(special + sorted(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 2), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="[UNK]",
+    )
+
+
+def build_models(words: list[str]) -> dict:
+    """Builds every component with random weights; returns FluxPipeline's keyword arguments."""
+    tokenizer = build_tokenizer(words, CLIP_TOKENS, bos=True)
+    tokenizer_2 = build_tokenizer(words, T5_TOKENS, bos=False)
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            **ids,
+        )
+    )
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_2),
+            d_model=TEXT_WIDTH,
+            d_kv=64,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=3,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,  # a group of one channel would normalise the colour of a picture away
+        latent_channels=16,
+        sample_size=SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=7,
+        attention_head_dim=64,
+        num_attention_heads=WIDTH // 64,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 24, 24),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(  # FLUX.1-dev's settings
+        base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, shift=3.0,
+        use_dynamic_shifting=True,
+    )  # fmt: skip
+    return dict(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+
+
+class Pictures:
+    """Draws training pictures on the device: emoji with small shifts and scales over plain colours."""
+
+    def __init__(self, emoji: dict, device: torch.device) -> None:
+        self.names = list(emoji)
+        sprites = torch.stack([torch.from_numpy(s.copy()) for s in emoji.values()]).to(device).float() / 255
+        sprites = sprites.permute(0, 3, 1, 2)
+        self.alpha, self.colour = sprites[:, 3:], sprites[:, :3] * sprites[:, 3:]
+        self.backgrounds = torch.tensor(list(COLOURS.values()), device=device).float() / 255
+        self.device = device
+
+    def draw(self, name: torch.Tensor, colour: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Returns pictures in -1..1 of shape (n, 3, 128, 128) for name and colour indices of shape (n,)."""
+        n = len(name)
+        scale = 1 + 0.04 * (2 * torch.rand(n, device=self.device, generator=generator) - 1)
+        shift = 4 / SIZE * (2 * torch.rand(n, 2, device=self.device, generator=generator) - 1)  # 2 pixels
+        theta = torch.zeros(n, 2, 3, device=self.device)
+        theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+        theta[:, :, 2] = shift
+        grid = F.affine_grid(theta, (n, 4, SIZE, SIZE), align_corners=False)
+        sprite = torch.cat([self.colour[name], self.alpha[name]], 1)
+        sprite = F.grid_sample(sprite, grid, mode="bicubic", align_corners=False).clamp(0, 1)
+        background = self.backgrounds[colour][:, :, None, None]
+        return (sprite[:, :3] + background * (1 - sprite[:, 3:])) * 2 - 1
+
+
+class Trainer:
+    """Counts steps, follows a learning-rate schedule, keeps an average of the weights, saves and resumes."""
+
+    def __init__(self, modules: dict, steps: int, rate: float, decay: float, state_file: Path) -> None:
+        self.modules = torch.nn.ModuleDict(modules)
+        self.parameters = list(self.modules.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=self.parameters[0].is_cuda
+        )
+        self.steps, self.rate, self.decay = steps, rate, decay
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.state_file, self.step, self.saved = state_file, 0, time.time()
+        if state_file.exists():
+            state = torch.load(state_file, map_location=self.parameters[0].device)
+            self.modules.load_state_dict(state["modules"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step = state["average"], state["step"]
+
+    def save(self) -> None:
+        """Writes the state in one rename, so that a stop half-way loses nothing."""
+        part = self.state_file.with_suffix(".part")
+        torch.save(
+            {
+                "modules": self.modules.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "step": self.step,
+            },
+            part,
+        )
+        part.replace(self.state_file)
+        self.saved = time.time()
+
+    def update(self) -> None:
+        """One optimizer step with the gradients that the parameters hold; drops them."""
+        done = self.step / self.steps
+        rate = self.rate * min(1, (self.step + 1) / 500) * min(1, 2 * (1 - done) + 1e-3)  # falls in the second half
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - min(self.decay, self.step / (self.step + 20)))
+        if time.time() - self.saved > 60:
+            self.save()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Puts the averaged weights into the modules."""
+        self.save()
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            parameter.copy_(average)
+
+
+def seeded(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator for one step of one stage, so that a resumed run draws what an uninterrupted one would."""
+    return torch.Generator(device).manual_seed(hash(numbers) % 2**62)
+
+
+def train_vae(
+    vae: AutoencoderKL, pictures: Pictures, pairs: torch.Tensor, steps: int, batch: int, state_file: Path, seed: int
+) -> None:
+    """Trains the autoencoder on the training pairs: error of pixels and of their differences, and a little KL."""
+    device = pictures.device
+    trainer = Trainer({"vae": vae}, steps, 1.5e-3, 0.998, state_file)
+    bar = tqdm(total=steps, initial=trainer.step, desc="autoencoder", mininterval=5)
+    while trainer.step < steps:
+        generator = seeded(device, seed, 1, trainer.step)
+        name, colour = pairs[torch.randint(len(pairs), (batch,), device=device, generator=generator)].unbind(1)
+        x = pictures.draw(name, colour, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = vae.encode(x).latent_dist
+            z = latents.mean + latents.std * torch.randn(latents.mean.shape, device=device, generator=generator)
+            y = vae.decode(z).sample
+        y = y.float()
+        loss = (y - x).abs().mean()
+        for axis in (2, 3):
+            loss = loss + 0.5 * (y.diff(dim=axis) - x.diff(dim=axis)).abs().mean()
+        error = loss.detach()
+        loss = loss + 1e-3 * latents.kl().mean() / latents.mean[0].numel()
+        loss.backward()
+        trainer.update()
+        bar.update()
+        if trainer.step % 50 == 0:
+            bar.set_postfix(error=f"{error:.4f}", refresh=False)
+    trainer.finish()
+    bar.close()
+
+
+@torch.no_grad()
+def encode_variants(
+    vae: AutoencoderKL, pictures: Pictures, pairs: torch.Tensor, variants: int, seed: int
+) -> torch.Tensor:
+    """Encodes every training pair in several shifts and scales.
+
+    Returns bf16 of shape (pairs, variants, 16, 16, 16), normalised; sets the VAE's shift and scale.
+    """
+    device, out = pictures.device, []
+    for i, part in enumerate(tqdm(pairs.split(16), desc="latents", mininterval=5)):
+        name, colour = part.repeat_interleave(variants, 0).unbind(1)
+        x = pictures.draw(name, colour, seeded(device, seed, 2, i)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean = vae.encode(x).latent_dist.mean
+        out.append(mean.bfloat16().contiguous().unflatten(0, (len(part), variants)))
+    latents = torch.cat(out)
+    sample = latents[:, 0].float()
+    shift, scale = round(sample.mean().item(), 4), round(1 / sample.std().item(), 4)
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return latents.sub_(shift).mul_(scale)
+
+
+def tokenize_prompts(components: dict, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokenizes every (name, colour, template); returns CLIP and T5 ids, each (names, colours, templates, length)."""
+    prompts = [make_prompt(n, c, t) for n in names for c in COLOURS for t in TEMPLATES]
+    shape = (len(names), len(COLOURS), len(TEMPLATES))
+    out = []
+    for tokenizer in (components["tokenizer"], components["tokenizer_2"]):
+        ids = tokenizer(prompts, padding="max_length", max_length=SHORT, return_tensors="pt").input_ids
+        assert (ids != 0).sum(1).max() < SHORT, "a prompt is too long"
+        out.append(ids.to(device).unflatten(0, shape))
+    return tuple(out)
+
+
+def insert_unknown(ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Inserts the token [UNK] into each row of `ids` at the position `at`; a position past the end changes nothing."""
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    at = at[:, None]
+    return ids.gather(1, place - (place > at).long()).masked_fill(place == at, UNKNOWN)
+
+
+class FlowLoss:
+    """The loss of the transformer and the text encoders on one batch, with everything that can be made beforehand."""
+
+    def __init__(self, components: dict, device: torch.device) -> None:
+        self.transformer, self.clip, self.t5 = (
+            components[key] for key in ("transformer", "text_encoder", "text_encoder_2")
+        )
+        self.device = device
+        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, device, torch.float32)
+        self.text_ids = torch.zeros(T5_TOKENS, 3, device=device)
+        # The masks that the encoders would make for themselves: none for T5, nothing from the right for CLIP.
+        self.t5_mask = torch.zeros(1, 1, 1, T5_TOKENS, device=device)
+        self.clip_mask = torch.full((1, 1, SHORT, SHORT), -1e4, device=device).triu(1)
+
+    def __call__(
+        self,
+        noisy: torch.Tensor,
+        velocity: torch.Tensor,
+        sigma: torch.Tensor,
+        guidance: torch.Tensor,
+        ids: torch.Tensor,
+        ids_2: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the mean square error of the velocity for CLIP's and T5's token ids."""
+        length = ids_2.shape[1]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            predicted = self.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                guidance=guidance,
+                pooled_projections=self.clip(ids, attention_mask=self.clip_mask).pooler_output,
+                encoder_hidden_states=self.t5(ids_2, attention_mask=self.t5_mask[..., :length])[0],
+                txt_ids=self.text_ids[:length],
+                img_ids=self.image_ids,
+                return_dict=False,
+            )[0]
+        return F.mse_loss(predicted.float(), velocity)
+
+
+class Graph:
+    """A loss with its backward pass, recorded as a CUDA graph: launching its 2,000 kernels costs the CPU nothing."""
+
+    def __init__(self, loss: FlowLoss, parameters: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        self.parameters, self.inputs = parameters, [x.clone() for x in inputs]
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, tunes, sets libraries up
+                loss(*self.inputs).backward()
+                for parameter in parameters:
+                    parameter.grad = None
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph, stream=stream):
+            value = loss(*self.inputs)
+            value.backward()
+            self.value = value.detach()
+        del value
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Computes the loss and the gradients of the parameters; returns the loss."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.value
+
+
+def train_flow(
+    components: dict,
+    latents: torch.Tensor,
+    pairs: torch.Tensor,
+    names: list[str],
+    steps: int,
+    batch: int,
+    state_file: Path,
+    seed: int,
+    cuda_graph: bool,
+) -> None:
+    """Trains the text encoders and the transformer on the training pairs, by rectified flow."""
+    device = latents.device
+    trainer = Trainer(
+        {
+            "transformer": components["transformer"],
+            "clip": components["text_encoder"],
+            "t5": components["text_encoder_2"],
+        },
+        steps,
+        1e-3,
+        0.9995,
+        state_file,
+    )
+    flow_loss, graphs = FlowLoss(components, device), {}
+    if device.type == "cuda":
+        components["transformer"].compile_repeated_blocks(dynamic=False)
+    clip_ids, t5_ids = tokenize_prompts(components, names, device)
+    bar = tqdm(total=steps, initial=trainer.step, desc="flow", mininterval=5)
+    while trainer.step < trainer.steps:
+        generator = seeded(device, seed, 3, trainer.step)
+
+        def randint(high: int, n: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randint(high, (n,), device=device, generator=generator)
+
+        # FluxPipeline pads to 512 tokens by default, without a mask: the model must see such padding too.
+        n, length = (max(1, batch // 6), T5_TOKENS) if trainer.step % 16 == 15 else (batch, SHORT)
+        pair, template = randint(len(pairs), n), randint(len(TEMPLATES), n)
+        name, colour = pairs[pair].unbind(1)
+        x = latents[pair, randint(latents.shape[1], n)].float()
+        x = FluxPipeline._pack_latents(x, n, 16, 16, 16)
+        noise = torch.randn(x.shape, device=device, generator=generator)
+        u = torch.randn(n, device=device, generator=generator).sigmoid()
+        uniform = torch.rand(n, device=device, generator=generator)
+        u = torch.where(torch.rand(n, device=device, generator=generator) < 0.3, uniform, u)
+        sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+        guidance = 10 * torch.rand(n, device=device, generator=generator)
+        ids, ids_2 = clip_ids[name, colour, template], t5_ids[name, colour, template]
+        # Some words are unknown, and some unknown ones come between: such words should do little harm in a prompt.
+        drop = torch.rand(ids_2.shape, device=device, generator=generator) < 0.02
+        ids_2 = torch.where(drop & (ids_2 > UNKNOWN), UNKNOWN, ids_2)
+        ids[:, 1:] = torch.where(drop[:, :-1] & (ids[:, 1:] > UNKNOWN), UNKNOWN, ids[:, 1:])  # after <s>, the same
+        at = torch.where(torch.rand(n, device=device, generator=generator) < 0.2, randint(10, n), 2 * CLIP_TOKENS)
+        ids, ids_2 = insert_unknown(ids, at + 1), insert_unknown(ids_2, at)
+        ids_2 = F.pad(ids_2, (0, length - ids_2.shape[1]))
+        inputs = [torch.lerp(x, noise, sigma[:, None, None]), noise - x, sigma, guidance, ids, ids_2]
+
+        # Compiling for the few long batches would take longer than it saves.
+        with torch.compiler.set_stance("default" if length == SHORT else "force_eager"):
+            if device.type == "cuda" and cuda_graph:
+                if length not in graphs:
+                    graphs[length] = Graph(flow_loss, trainer.parameters, inputs)
+                loss = graphs[length](*inputs)
+            else:
+                loss = flow_loss(*inputs)
+                loss.backward()
+        trainer.update()
+        bar.update()
+        if trainer.step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    trainer.finish()
+    bar.close()
+
+
+def main() -> None:
+    """Trains and writes the checkpoint; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
+    parser.add_argument("--state", type=Path, default=Path("build/train-flux"), help="folder of the training state")
+    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=10850)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--variants", type=int, default=16, help="shifts and scales of each picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="GPU only")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward broke off at these sizes (torch 2.11, Hopper)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    args.state.mkdir(parents=True, exist_ok=True)
+
+    emoji = load_emoji(SIZE, args.font)
+    names = list(emoji)
+    words = {
+        w for n in names for c in COLOURS for t in TEMPLATES for w in make_prompt(n, c, t).replace(",", " ").split()
+    }
+    components = build_models(sorted(words))
+    counts = {}
+    for key, component in components.items():
+        if isinstance(component, torch.nn.Module):
+            component.to(device).train()
+            counts[key] = sum(p.numel() for p in component.parameters())
+    print(f"{len(names)} emoji, {len(words)} words, parameters: {counts}, {2e-6 * sum(counts.values()):.1f} MB in bf16")
+
+    pictures = Pictures(emoji, device)
+    index, colours = {name: i for i, name in enumerate(names)}, list(COLOURS)
+    pairs = torch.tensor([(index[n], colours.index(c)) for n, c in split_pairs(names)[0]], device=device)
+    vae = components["vae"].to(memory_format=torch.channels_last)
+    train_vae(vae, pictures, pairs, args.vae_steps, max(1, args.batch // 8), args.state / "vae.pt", args.seed)
+    vae.eval().requires_grad_(False)
+    latents = encode_variants(vae, pictures, pairs, args.variants, args.seed)
+    train_flow(
+        components, latents, pairs, names, args.steps, args.batch, args.state / "flow.pt", args.seed, args.cuda_graph
+    )
+
+    for key in counts:
+        components[key].eval().to("cpu", torch.bfloat16, memory_format=torch.contiguous_format)
+    FluxPipeline(**components).save_pretrained(args.out)
+    (args.out / "names.json").write_text(json.dumps({"names": names, "colours": COLOURS}, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
