@@ -102,7 +102,7 @@ CHECKPOINTS = {
         ),
         height=128,
         width=128,
-        num_inference_steps=20,
+        num_inference_steps=12,
         max_sequence_length=32,
         guidance_scale=3.5,
     ),

@@ -139,6 +139,11 @@ def load_emoji(size: int = 128, font: Path = FONT, distance: float = 27.0) -> di
     return dict(zip(names, sprites, strict=True))
 
 
+def render_names(names: list[str], size: int = 128, font: Path = FONT) -> dict[str, np.ndarray]:
+    """Returns name to RGBA sprite for the given names, for example those in a checkpoint's `names.json`."""
+    return {name: render_glyph(unicodedata.lookup(name), size, font) for name in names}
+
+
 def split_pairs(names: list[str], seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Splits all (name, colour) pairs into 90% for training and 10% held out; returns (training, held_out)."""
     pairs = [(name, colour) for name in names for colour in COLOURS]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from emoji import COLOURS, FONT, load_emoji, make_prompt, over, split_pairs
+from emoji import COLOURS, FONT, make_prompt, over, render_names, split_pairs
 from tqdm import tqdm
 
 from helpers import cpu_backend
@@ -27,7 +27,7 @@ def nearest_names(pictures: np.ndarray, colours: list[str], emoji: dict[str, np.
     Args:
         pictures: RGB in 0..255 of shape (n, height, width, 3).
         colours: name of the background of each.
-        emoji: the sprites, as `load_emoji` returns them.
+        emoji: the sprites, as `render_names` returns them.
     """
     names, out = list(emoji), [""] * len(pictures)
     sprites = np.stack(list(emoji.values()))
@@ -112,7 +112,8 @@ def main() -> None:
     args = parser.parse_args()
 
     cpu_backend.enable()
-    emoji = load_emoji(128, args.font)
+    # The names that the checkpoint was trained with, also where another version of the font would give others.
+    emoji = render_names(json.loads((Path(args.checkpoint) / "names.json").read_text())["names"], 128, args.font)
     rows = []
     for nf4 in (False, True):
         pipeline = load_pipeline(args.checkpoint, nf4)
