@@ -154,15 +154,19 @@ def _find_pocket(name: str) -> str:
     )
 
 
+def cache_folder() -> Path:
+    """Where random-weight checkpoints lie: TUTORIAL_CACHE, or ~/.cache/diffusion-tutorial."""
+    return Path(os.environ.get("TUTORIAL_CACHE") or "~/.cache/diffusion-tutorial").expanduser()
+
+
 def _find_random(name: str) -> str:
-    """Path of the random-weight checkpoint `name` in the cache folder (TUTORIAL_CACHE, ~/.cache/diffusion-tutorial)."""
-    cache = Path(os.environ.get("TUTORIAL_CACHE") or "~/.cache/diffusion-tutorial").expanduser()
-    folder = cache / name
+    """Path of the random-weight checkpoint `name` in the cache folder."""
+    folder = cache_folder() / name
     fault = find_fault(folder) if folder.is_dir() else "it has not been built"
     if fault is None:
         return str(folder)
     raise TutorialError(
-        f"The checkpoint {name} is not ready in {cache} ({fault}): build it once with "
+        f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
         f"`python -m benchmarks.random_checkpoints {name.removeprefix('random-')}`, or unset TUTORIAL_MODELS."
     )
 

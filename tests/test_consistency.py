@@ -1,5 +1,6 @@
 """requirements.txt, pyproject.toml, environment.yml, Makefile and README agree, and so does what is installed."""
 
+import json
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -95,3 +96,11 @@ def test_readme_names_commands_of_the_makefile():
     named = set(re.findall(r"\bmake ([a-z]+)", "\n".join(code)))
     assert named <= targets, f"The README names targets that the Makefile lacks: {sorted(named - targets)}"
     assert {"run", "lab", "test"} <= named, f"The README does not name all of make run, lab and test: {sorted(named)}"
+
+
+def test_readme_results_are_the_recorded_ones():
+    rows = json.loads((ROOT / "benchmarks/results/flux_random_h200.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in rows:
+        cells = f"{row['load_s']:.1f} | {row['load_peak_gb']:.2f} | {row['run_peak_gb']:.2f} | {row['latency_s']:.1f}"
+        assert f"| {row['name']} | {cells} |" in readme
