@@ -205,6 +205,16 @@ def check_links(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
     return problems
 
 
+def check_details(notebook: NotebookNode) -> list[str]:
+    """A folded solution has no blank line in it: Markdown ends an HTML block there, and the page shows what follows."""
+    return [
+        f"{name(index, cell)} has a <details> block with a blank line in it."
+        for index, cell in text_cells(notebook)
+        for block in re.findall(r"<details>.*?</details>", cell.source, flags=re.DOTALL)
+        if re.search(r"\n\s*\n", block)
+    ]
+
+
 def check_ruff(notebook: NotebookNode) -> list[str]:
     """ruff finds nothing, and would format nothing."""
     text = nbformat.writes(notebook) + "\n"
@@ -232,6 +242,7 @@ CHECKS = [
     check_noise,
     check_tags,
     check_links,
+    check_details,
     check_ruff,
 ]
 

@@ -79,6 +79,7 @@ BREAKS = {
     "tags: misspelt": lambda n: code(n).metadata.update(tags=["nbval-ignore"]),
     "tags: marker in a comment": lambda n: code(n).update(source="# NBVAL_SKIP\nx"),
     "tags: ignored and no assert": lambda n: n.cells[3].update(source="x  # assert"),
+    "details: blank line": lambda n: n.cells[2].update(source="<details><summary>S</summary>\n\nx\n</details>"),
     "links: file missing": lambda n: n.cells[2].update(source="[next](99_none.ipynb#part)"),
     "links: picture missing": lambda n: n.cells[2].update(source='<img src="none.png">'),
     "links: reference missing": lambda n: n.cells[2].update(source="See [it].\n\n[it]: none.md"),
