@@ -35,26 +35,40 @@ GUIDE_PROMPT = (
     "a cinematic film still of a cat sipping a margarita in a pool in Palm Springs, California, highly detailed, "
     "high budget hollywood movie, cinemascope, moody, epic, gorgeous, film grain"
 )
+# The guide's video prompt, and the negative prompt that Wan's authors publish, as the guide has it in English.
+GUIDE_VIDEO_PROMPT = (
+    "The camera rushes from far to near in a low-angle shot, revealing a white ferret on a log. It plays, leaps into "
+    "the water, and emerges, as the camera zooms in for a close-up. Water splashes berry bushes nearby, while moss, "
+    "snow, and leaves blanket the ground. Birch trees and a light blue sky frame the scene, with ferns in the "
+    "foreground. Side lighting casts dynamic shadows and warm highlights. Medium composition, front view, low angle, "
+    "with depth of field."
+)
+GUIDE_NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint and the settings that differ between sizes.
 
-    `path` is a local folder or a repository id of the Hub: what `from_pretrained` takes. `prompts` are for pictures
+    `path` is a local folder or a repository id of the Hub: what `from_pretrained` takes. `prompts` are for results
     side by side, `prompt` is the first of them. Height and width are in pixels, `max_sequence_length` in tokens of the
-    large text encoder. `num_frames` and `negative_prompt` are None for pictures.
+    large text encoder. `num_frames` and `negative_prompt` are None for pictures. None leaves a setting to the pipeline.
     """
 
     model: str
     size: str
     path: str = field(repr=False)  # differs from machine to machine
     prompts: tuple[str, ...]
-    height: int
-    width: int
-    num_inference_steps: int
-    max_sequence_length: int
-    guidance_scale: float
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    max_sequence_length: int | None
+    guidance_scale: float | None
     num_frames: int | None = None
     negative_prompt: str | None = None
     seed: int = 0
@@ -89,6 +103,25 @@ FULL_FLUX = Checkpoint(
     guidance_scale=3.5,
 )
 
+FULL_WAN = Checkpoint(
+    model="wan",
+    size="full",
+    path="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    prompts=(
+        GUIDE_VIDEO_PROMPT,
+        "a red fox walks through fresh snow at dawn, tracking shot",
+        "waves break on a cliff with a lighthouse in a storm, aerial shot",
+        "steam rises from a bowl of ramen on a wooden table, close-up",
+    ),
+    height=480,
+    width=832,
+    num_inference_steps=50,
+    max_sequence_length=512,
+    guidance_scale=5.0,
+    num_frames=81,
+    negative_prompt=GUIDE_NEGATIVE_PROMPT,
+)
+
 CHECKPOINTS = {
     ("flux", "pocket"): Checkpoint(
         model="flux",
@@ -108,11 +141,31 @@ CHECKPOINTS = {
     ),
     ("flux", "full"): FULL_FLUX,
     ("flux", "random"): replace(FULL_FLUX, size="random", path="random-flux"),
+    ("wan", "pocket"): Checkpoint(
+        model="wan",
+        size="pocket",
+        path="pocket-wan",
+        prompts=(
+            "red apple moves right on a blue background",
+            "rocket moves up on a black background",
+            "cat face spins on a yellow background",
+            "owl grows on a pink background",
+        ),
+        height=96,
+        width=96,
+        num_inference_steps=12,
+        max_sequence_length=32,
+        guidance_scale=5.0,
+        num_frames=17,
+        negative_prompt="blurry, static, noisy, dim",
+    ),
+    ("wan", "full"): FULL_WAN,
+    ("wan", "random"): replace(FULL_WAN, size="random", path="random-wan"),
 }
 
 
 def get_checkpoint(model: str) -> Checkpoint:
-    """The checkpoint of `model` ("flux") in the size that TUTORIAL_MODELS names, checked to be ready to load.
+    """The checkpoint of `model` ("flux" or "wan") in the size that TUTORIAL_MODELS names, checked to be ready to load.
 
     Raises:
         TutorialError: the library versions, the size, the model or the checkpoint itself is not as it must be.

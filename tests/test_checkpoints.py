@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from helpers import checkpoints
-from helpers.checkpoints import Checkpoint, check_versions, get_checkpoint
+from helpers.checkpoints import check_versions, get_checkpoint
 from helpers.errors import TutorialError
 
 FLUX = "black-forest-labs/FLUX.1-dev"
@@ -73,17 +73,25 @@ def test_call_arguments_are_the_pipelines_own(bf16_pipeline):
 
 
 def test_call_arguments_of_a_video():
-    video = Checkpoint("wan", "pocket", "path", ("a cat",), 64, 96, 4, 32, 5.0, num_frames=17, negative_prompt="blurry")
+    video = checkpoints.CHECKPOINTS["wan", "pocket"]
     assert video.call_arguments == {
-        "prompt": "a cat",
-        "negative_prompt": "blurry",
-        "height": 64,
+        "prompt": "red apple moves right on a blue background",
+        "negative_prompt": "blurry, static, noisy, dim",
+        "height": 96,
         "width": 96,
         "num_frames": 17,
-        "num_inference_steps": 4,
+        "num_inference_steps": 12,
         "guidance_scale": 5.0,
         "max_sequence_length": 32,
     }
+
+
+def test_every_model_comes_in_every_size():
+    for (model, size), checkpoint in checkpoints.CHECKPOINTS.items():
+        assert (checkpoint.model, checkpoint.size) == (model, size)
+        assert {(model, other) for other in checkpoints.SIZES} <= set(checkpoints.CHECKPOINTS)
+    wan = checkpoints.CHECKPOINTS["wan", "random"]
+    assert wan.path == "random-wan" and (wan.height, wan.width, wan.num_frames) == (480, 832, 81)
 
 
 def test_path_of_this_machine_stays_out_of_notebooks(pocket):
@@ -98,13 +106,14 @@ def test_unknown_size(pocket, monkeypatch):
 
 def test_unknown_model(pocket):
     text = message_of(get_checkpoint, "sdxl")
-    assert "'sdxl'" in text and "'flux'" in text
+    assert "'sdxl'" in text and "'flux' or 'wan'" in text
 
 
 def test_missing_checkpoint(pocket):
     shutil.rmtree(pocket)
     text = message_of(get_checkpoint, "flux")
     assert "missing" in text and "git checkout -- checkpoints/pocket-flux" in text
+    assert "git checkout -- checkpoints/pocket-wan" in message_of(get_checkpoint, "wan")
 
 
 def remove(file: str):
