@@ -1,1 +1,3 @@
-"""Programs that measure at full size. `random_checkpoints` makes what they measure on, with no download."""
+"""Full-size measurements: the benchmark program, the checkpoints with random weights, and the recorded results."""
+
+import helpers  # noqa: F401  # first: this quiets known noise of the libraries

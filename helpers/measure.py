@@ -27,8 +27,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from PIL import Image
 
 from helpers import cpu_backend, fresh_process
 from helpers.checkpoints import Checkpoint
@@ -241,6 +243,7 @@ class Run:
     run_peak_gb: float | None
     host_peak_gb: float
     output: Any = field(repr=False)
+    warmups: int = 0
 
 
 def measure_load(function: Callable[[], Any]) -> tuple[Any, Load]:
@@ -287,6 +290,7 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
         run_peak_gb=peaks.accelerator_gb,
         host_peak_gb=peaks.host_gb,
         output=output,
+        warmups=warmups,
     )
 
 
@@ -342,6 +346,10 @@ class Measurement:
         host_peak_gb: highest resident host memory, loading and running.
         footprint_gb: bytes of all weights, wherever they are.
         device to date: where, with what and on what this was measured.
+        warmups, latencies_s: calls after the first that count for nothing; seconds of each of the `repeats` after them.
+        distance: `helpers.quality` distance of its picture to the one that it is compared with, in levels of 0 to 255.
+        failure: why there are no figures, in one sentence; None if it ran.
+        source: where a figure that was not measured here is published.
     """
 
     name: str
@@ -368,12 +376,22 @@ class Measurement:
     seed: int | None = None
     repeats: int | None = None
     date: str | None = None
+    warmups: int | None = None
+    latencies_s: tuple[float, ...] | None = None
+    distance: float | None = None
+    failure: str | None = None
+    source: str | None = None
 
     @property
     def peak_gb(self) -> float | None:
         """The larger of the two accelerator peaks: what the card must have. None on a CPU."""
         peaks = [peak for peak in (self.load_peak_gb, self.run_peak_gb) if peak is not None]
         return max(peaks, default=None)
+
+    @property
+    def spread_s(self) -> float | None:
+        """The slowest of the later calls less the fastest."""
+        return max(self.latencies_s) - min(self.latencies_s) if self.latencies_s else None
 
     @property
     def resolution(self) -> str:
@@ -395,6 +413,8 @@ class Measurement:
         if unknown or "name" not in values:
             problem = f"has unknown fields ({', '.join(unknown)})" if unknown else "has no field name"
             raise TutorialError(f"A recorded measurement {problem}: measure it again with this version of the lessons.")
+        if values.get("latencies_s") is not None:
+            values = values | {"latencies_s": tuple(values["latencies_s"])}  # JSON has no tuples
         return cls(**values)
 
 
@@ -426,7 +446,8 @@ def measurement(
         values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
     if run is not None:
         names = ("first_call_s", "latency_s", "step_ms", "run_peak_gb")
-        values |= {entry: getattr(run, entry) for entry in names} | {"repeats": len(run.latencies)}
+        values |= {entry: getattr(run, entry) for entry in names}
+        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": run.latencies}
     values["host_peak_gb"] = max((part.host_peak_gb for part in (load, run) if part is not None), default=None)
     if pipeline is not None:
         values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
@@ -436,7 +457,9 @@ def measurement(
 def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> None:
     """Write measurements to a JSON file, one object each."""
     text = json.dumps([entry.to_dict() for entry in measurements], indent=2)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    part = Path(path).with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)  # in one go: a stop half-way loses nothing
 
 
 def load_measurements(path: str | Path) -> list[Measurement]:
@@ -527,14 +550,16 @@ def measure_in_fresh_process(
     name: str,
     arguments: dict[str, Any] | None = None,
     repeats: int = 3,
+    warmups: int = 0,
     picture: str | Path | None = None,
     timeout_s: float = 1800,
 ) -> Measurement:
     """Load a pipeline with `load(**arguments)` and draw with it, all in a new process; returns the measurement.
 
     `load` travels as in `run_in_fresh_process`. It returns the pipeline, ready to be called; or the pipeline and a
-    dictionary of arguments to call it with besides those of the checkpoint, of which None removes one. With `picture`,
-    a file name ending in .png, the last image is written there.
+    dictionary of arguments to call it with besides those of the checkpoint, of which None removes one. `repeats` and
+    `warmups` are those of `measure_run`. With `picture`, a file name ending in .png, the last image is written there, a
+    video as its frames in a row. Height, width and frames of the measurement are those of what was drawn.
 
     Raises:
         TutorialError: as `run_in_fresh_process`.
@@ -545,13 +570,14 @@ def measure_in_fresh_process(
         "checkpoint": asdict(checkpoint),
         "name": name,
         "repeats": repeats,
+        "warmups": warmups,
         "picture": None if picture is None else str(Path(picture).absolute()),
     }
     return run_in_fresh_process("helpers.measure:_load_and_run", job, timeout_s)
 
 
 def _load_and_run(
-    load: dict, arguments: dict, checkpoint: dict, name: str, repeats: int, picture: str | None
+    load: dict, arguments: dict, checkpoint: dict, name: str, repeats: int, warmups: int, picture: str | None
 ) -> Measurement:
     """What `measure_in_fresh_process` does in the other process."""
     cpu_backend.enable()
@@ -564,10 +590,18 @@ def _load_and_run(
     def draw() -> Any:
         return pipeline(**call, generator=torch.Generator("cpu").manual_seed(settings.seed))
 
-    run = measure_run(draw, repeats=repeats, pipeline=pipeline)
+    run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
+    is_video = not hasattr(run.output, "images")
+    frames = [_as_picture(frame) for frame in (run.output.frames[0] if is_video else run.output.images[:1])]
     if picture is not None:
-        run.output.images[0].save(picture)
-    return measurement(name, settings, load_figures, run, pipeline)
+        Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)).save(picture)
+    drawn = {"height": frames[0].height, "width": frames[0].width, "frames": len(frames) if is_video else None}
+    return measurement(name, settings, load_figures, run, pipeline, **drawn)
+
+
+def _as_picture(frame: Image.Image | np.ndarray) -> Image.Image:
+    """A frame as a picture; video pipelines return arrays of floats in 0..1 or pictures."""
+    return frame if isinstance(frame, Image.Image) else Image.fromarray((255 * frame).round().astype(np.uint8))
 
 
 def _locate(function: Callable[..., Any] | str) -> dict[str, str]:

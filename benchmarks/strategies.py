@@ -1,0 +1,245 @@
+"""How a pipeline starts, where its components are, and how it is compiled: the combinations that are measured.
+
+Each strategy is one small function, made of the calls that the lessons teach. A combination such as
+"saved nf4, model offload, regional compile" is one start, one placement and one compilation. The three recipes are
+those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/speed-memory-optims, as it has them.
+"""
+
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.hooks import apply_group_offloading
+
+from benchmarks.models import Model
+from helpers import cpu_backend, measure
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+CPU = torch.device("cpu")
+
+
+# How the weights come
+
+
+def load_bf16(model: Model) -> DiffusionPipeline:
+    """All components in bfloat16, in host memory."""
+    return DiffusionPipeline.from_pretrained(model.path, dtype=torch.bfloat16)
+
+
+def quantize_at_load(model: Model, skip: list[str] | None = None) -> DiffusionPipeline:
+    """nf4 for the denoisers and the large text encoders, quantized while they load, on the accelerator.
+
+    `skip` names modules that stay bfloat16.
+    """
+    config = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs=NF4 if skip is None else NF4 | {"llm_int8_skip_modules": skip},
+        components_to_quantize=list(model.quantized),
+    )
+    return DiffusionPipeline.from_pretrained(model.path, quantization_config=config, dtype=torch.bfloat16)
+
+
+def load_saved_nf4(model: Model) -> DiffusionPipeline:
+    """The nf4 weights that `save_nf4` wrote, loaded into host memory: nothing touches the accelerator."""
+    parts = {
+        name: model.component_class(name).from_pretrained(
+            model.saved, subfolder=name, dtype=torch.bfloat16, device_map="cpu"
+        )
+        for name in model.quantized
+    }
+    return DiffusionPipeline.from_pretrained(model.saved, dtype=torch.bfloat16, **parts)
+
+
+def save_nf4(model: dict, folder: str) -> None:
+    """Quantize once and write the result to `folder`, for `load_saved_nf4`. `model` is a `Model` as a dictionary.
+
+    The small layers outside the repeated blocks stay bfloat16: block group offload moves them without a stream, and
+    loses the quant_state of nf4 weights on the way (lesson 3).
+    """
+    cpu_backend.enable()
+    subject = Model(**model)
+    quantize_at_load(subject, skip=subject.outside_blocks()).save_pretrained(folder)
+
+
+# Where the components are
+
+
+def put_resident(pipeline: DiffusionPipeline, model: Model) -> None:
+    """Everything on the accelerator."""
+    pipeline.to(measure.accelerator())
+
+
+def offload_models(pipeline: DiffusionPipeline, model: Model) -> None:
+    """One component on the accelerator at a time."""
+    pipeline.enable_model_cpu_offload(device=measure.accelerator())
+
+
+def offload_sequentially(pipeline: DiffusionPipeline, model: Model) -> None:
+    """One layer on the accelerator at a time, with no stream."""
+    pipeline.enable_sequential_cpu_offload(device=measure.accelerator())
+
+
+def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
+    """The text encoders layer by layer; everything else on the accelerator."""
+    for name in model.text_encoders:
+        apply_group_offloading(getattr(pipeline, name), offload_type="leaf_level", **_stream())
+    _move_rest(pipeline, model.text_encoders)
+
+
+def offload_leaves(pipeline: DiffusionPipeline, model: Model) -> None:
+    """Denoisers, VAE and text encoders layer by layer, the next one copied while one computes. As in recipe 3."""
+    offloaded = (*model.denoisers, *model.text_encoders, *model.vaes)
+    for name in offloaded:
+        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
+    _move_rest(pipeline, offloaded)
+
+
+def offload_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
+    """The denoisers block by block; VAE and text encoders layer by layer."""
+    stream = _stream()
+    for name in model.denoisers:
+        record = {"record_stream": True} if stream["use_stream"] else {}
+        _group_offload(getattr(pipeline, name), offload_type="block_level", num_blocks_per_group=1, **stream, **record)
+    rest = (*model.text_encoders, *model.vaes)
+    for name in rest:
+        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **stream)
+    _move_rest(pipeline, (*model.denoisers, *rest))
+
+
+def _stream() -> dict:
+    """Copies in a stream of their own, where there is an accelerator: a CPU has no streams."""
+    device = measure.accelerator()
+    has_stream = device.type != "cpu"
+    return {"onload_device": device, "offload_device": CPU, "use_stream": has_stream, "non_blocking": has_stream}
+
+
+def _group_offload(module: torch.nn.Module, **settings) -> None:
+    """By diffusers' own method where the component has one: it knows which modules of a VAE belong together."""
+    if hasattr(module, "enable_group_offload"):
+        module.enable_group_offload(**settings)
+    else:
+        apply_group_offloading(module, **settings)
+
+
+def _move_rest(pipeline: DiffusionPipeline, offloaded: tuple[str, ...]) -> None:
+    for name, module in measure.component_modules(pipeline).items():
+        if name not in offloaded:
+            module.to(measure.accelerator())
+
+
+# How the denoiser is compiled
+
+
+def run_eagerly(pipeline: DiffusionPipeline, model: Model) -> None:
+    """Not at all."""
+
+
+def compile_whole(pipeline: DiffusionPipeline, model: Model) -> None:
+    """Each denoiser as one graph; hooks of an offloading technique break it."""
+    torch._dynamo.config.cache_size_limit = 1000
+    for name in model.denoisers:
+        getattr(pipeline, name).compile()
+
+
+def compile_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
+    """The repeated blocks of each denoiser: one graph for all blocks of a kind."""
+    torch._dynamo.config.cache_size_limit = 1000
+    for name in model.denoisers:
+        getattr(pipeline, name).compile_repeated_blocks(fullgraph=True)
+
+
+def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
+    """The forward of each repeated block, before an offloading hook wraps it: the hooks stay out of the graph."""
+    torch._dynamo.config.cache_size_limit = 1000
+    for name in model.denoisers:
+        denoiser = getattr(pipeline, name)
+        for module in denoiser.modules():
+            if type(module).__name__ in denoiser._repeated_blocks:
+                module.forward = torch.compile(module.forward, fullgraph=True)
+
+
+# The recipes of the guide
+
+
+def recipe_1(model: Model) -> DiffusionPipeline:
+    """Quantize and compile."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    pipeline = quantize_at_load(model).to(measure.accelerator())
+    for name in model.denoisers:
+        getattr(pipeline, name).to(memory_format=torch.channels_last)
+        getattr(pipeline, name).compile(mode="max-autotune", fullgraph=True)
+    return pipeline
+
+
+def recipe_2(model: Model) -> DiffusionPipeline:
+    """Quantize, model offload, compile."""
+    torch._dynamo.config.cache_size_limit = 1000
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    pipeline = quantize_at_load(model)
+    offload_models(pipeline, model)
+    for name in model.denoisers:
+        getattr(pipeline, name).compile()
+    return pipeline
+
+
+def recipe_3(model: Model) -> DiffusionPipeline:
+    """Quantize, leaf-level group offload with a stream, compile."""
+    torch._dynamo.config.cache_size_limit = 1000
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    pipeline = quantize_at_load(model)
+    offload_leaves(pipeline, model)
+    for name in model.denoisers:
+        getattr(pipeline, name).compile()
+    return pipeline
+
+
+STARTS = {"bf16": load_bf16, "nf4": quantize_at_load, "saved nf4": load_saved_nf4}
+PLACEMENTS = {
+    "resident": put_resident,
+    "model offload": offload_models,
+    "sequential offload": offload_sequentially,
+    "text encoders offloaded": offload_text_encoders,
+    "leaf group offload": offload_leaves,
+    "block group offload": offload_blocks,
+}
+COMPILATIONS = {
+    "eager": run_eagerly,
+    "full compile": compile_whole,
+    "regional compile": compile_blocks,
+    "compiled inside": compile_inside,
+}
+RECIPES = {"recipe 1": recipe_1, "recipe 2": recipe_2, "recipe 3": recipe_3}
+
+COMBINATIONS = (
+    "bf16, resident, eager",  # first: the picture that the others are compared with
+    "bf16, resident, full compile",
+    "bf16, resident, regional compile",
+    "bf16, model offload, regional compile",
+    "nf4, resident, eager",
+    "nf4, resident, full compile",
+    "nf4, resident, regional compile",
+    "nf4, model offload, eager",
+    "nf4, model offload, regional compile",
+    "saved nf4, resident, regional compile",
+    "saved nf4, text encoders offloaded, regional compile",
+    "saved nf4, model offload, regional compile",
+    "saved nf4, leaf group offload, eager",
+    "saved nf4, leaf group offload, full compile",
+    "saved nf4, block group offload, eager",
+    "saved nf4, block group offload, compiled inside",
+    "recipe 1",
+    "recipe 2",
+    "recipe 3",
+)
+
+
+def assemble(name: str, model: dict) -> DiffusionPipeline:
+    """The pipeline of a combination, ready to be called. `model` is a `Model` as a dictionary."""
+    subject = Model(**model)
+    if name in RECIPES:
+        return RECIPES[name](subject)
+    start, placement, compilation = name.split(", ")
+    pipeline = STARTS[start](subject)
+    steps = [PLACEMENTS[placement], COMPILATIONS[compilation]]
+    # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks.
+    for step in reversed(steps) if compilation == "compiled inside" else steps:
+        step(pipeline, subject)
+    return pipeline
