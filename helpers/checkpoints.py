@@ -218,9 +218,10 @@ def _find_random(name: str) -> str:
     fault = find_fault(folder) if folder.is_dir() else "it has not been built"
     if fault is None:
         return str(folder)
+    model = name.removeprefix("random-").replace("-nf4", " --nf4")
     raise TutorialError(
         f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
-        f"`python -m benchmarks.random_checkpoints {name.removeprefix('random-')}`, or unset TUTORIAL_MODELS."
+        f"`python -m benchmarks.random_checkpoints {model}`, or unset TUTORIAL_MODELS."
     )
 
 
