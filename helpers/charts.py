@@ -16,6 +16,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from helpers.activity import KINDS, Activity
 from helpers.measure import Measurement
 from helpers.residency import Residency
 
@@ -132,6 +133,46 @@ def latency_memory_chart(
         _label_points(axes, points)
     plt.close(figure)
     return figure
+
+
+def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "latency_s", title: str = "") -> Figure:
+    """One row for each measurement: a bar for its time, and two thin ones for its load peak and its run peak.
+
+    `figure` is "latency_s" or "step_ms". Without an accelerator the right panel shows the host's peak. Good for many
+    measurements; `latency_memory_chart` shows the trade between the two for a few.
+
+    Raises:
+        ValueError: there are no measurements, or one lacks the figure.
+    """
+    if not measurements or any(getattr(entry, figure) is None for entry in measurements):
+        raise ValueError(f"latency_memory_bars needs measurements that all have {figure}")
+    label = {"latency_s": "latency of one call (s)", "step_ms": "one denoising step (ms)"}[figure]
+    on_card = any(entry.peak_gb is not None for entry in measurements)
+    peaks = {"load_peak_gb": "while loading", "run_peak_gb": "while running"} if on_card else {"host_peak_gb": "host"}
+    rows = np.arange(len(measurements))
+    with plt.rc_context(STYLE):
+        drawing, (left, right) = plt.subplots(
+            1, 2, figsize=(10, 0.34 * len(measurements) + 1.5), sharey=True, layout="constrained"
+        )
+        bars = left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6, color=COLOURS[0])
+        left.bar_label(bars, [_three_digits(float(getattr(entry, figure))) for entry in measurements], padding=3)
+        for index, (peak, name) in enumerate(peaks.items()):
+            values = [getattr(entry, peak) or 0.0 for entry in measurements]
+            height = 0.7 / len(peaks)
+            shift = (index - (len(peaks) - 1) / 2) * height
+            bars = right.barh(rows + shift, values, height=height, color=COLOURS[1 + index], label=name)
+            right.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
+        left.set_yticks(rows, [entry.name for entry in measurements])
+        left.set_ylim(len(measurements) - 0.4, -0.6)  # first row on top
+        left.set(xlabel=label, title=title)
+        right.set(xlabel="accelerator memory (GB)" if on_card else "host memory (GB)")
+        if on_card:
+            right.legend(loc="upper right", fontsize=9, framealpha=0.9)
+        for axes in (left, right):
+            axes.margins(x=0.15)
+            axes.grid(axis="x", alpha=0.3)
+    plt.close(drawing)
+    return drawing
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -270,6 +311,37 @@ def residency_timeline(events: Sequence[Residency], title: str = "", unit: str =
         axes.set_ylim(len(rows) - 0.4, -0.6)  # first row on top
         axes.set_xlim(0, end * 1.02)
         axes.set(xlabel="time since the call began (s)", title=title)
+        axes.grid(axis="x", alpha=0.3)
+    plt.close(figure)
+    return figure
+
+
+def activity_timeline(
+    recordings: Mapping[str, Sequence[Activity]], start_ms: float, end_ms: float, title: str = ""
+) -> Figure:
+    """What the accelerator did between two moments: for each recording a lane of copies there, compute and copies back.
+
+    Where a copy lies over compute it costs no time; where it lies over a gap, the accelerator waits for it.
+
+    Raises:
+        ValueError: there are no recordings.
+    """
+    if not recordings:
+        raise ValueError("activity_timeline needs recordings")
+    lanes = [(name, kind) for name in recordings for kind in KINDS]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 0.32 * len(lanes) + 1.3), layout="constrained")
+        for row, (name, kind) in enumerate(lanes):
+            spans = [
+                (max(entry.start_ms, start_ms), min(entry.end_ms, end_ms) - max(entry.start_ms, start_ms))
+                for entry in recordings[name]
+                if entry.kind == kind and entry.end_ms > start_ms and entry.start_ms < end_ms
+            ]
+            axes.broken_barh(spans, (row - 0.4, 0.8), color=COLOURS[KINDS.index(kind)], lw=0)
+        axes.set_yticks(range(len(lanes)), [f"{name}: {kind}" for name, kind in lanes])
+        axes.set_ylim(len(lanes) - 0.4, -0.6)  # first lane on top
+        axes.set_xlim(start_ms, end_ms)
+        axes.set(xlabel="time (ms)", title=title)
         axes.grid(axis="x", alpha=0.3)
     plt.close(figure)
     return figure

@@ -7,6 +7,7 @@ import torch
 from matplotlib.text import Annotation, Text
 
 from helpers import charts
+from helpers.activity import Activity
 from helpers.measure import Measurement
 from helpers.residency import Residency
 
@@ -134,3 +135,41 @@ def test_residency_timeline():
 def test_timeline_needs_events():
     with pytest.raises(ValueError, match="needs events"):
         charts.residency_timeline([])
+
+
+def test_bars_show_every_measurement_with_both_peaks():
+    rows = [
+        Measurement("nf4", latency_s=5.2, step_ms=190.0, load_peak_gb=11.0, run_peak_gb=14.05),
+        Measurement("saved nf4", latency_s=9.3, step_ms=150.0, load_peak_gb=0.0, run_peak_gb=7.14),
+    ]
+    left, right = charts.latency_memory_bars(rows, "step_ms").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["nf4", "saved nf4"]
+    assert [bar.get_width() for bar in left.patches] == [190.0, 150.0]
+    assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
+
+
+def test_bars_on_a_cpu_show_host_memory():
+    left, right = charts.latency_memory_bars([Measurement("nf4", latency_s=5.2, host_peak_gb=1.5)]).axes
+    assert [bar.get_width() for bar in right.patches] == [1.5]
+    assert right.get_xlabel() == "host memory (GB)"
+
+
+@pytest.mark.parametrize("rows", [[], [Measurement("nf4")]])
+def test_bars_without_figures_are_an_error(rows):
+    with pytest.raises(ValueError, match="latency_s"):
+        charts.latency_memory_bars(rows)
+
+
+def test_activity_lanes_are_cut_to_the_window():
+    activities = [
+        Activity("copy to the accelerator", 0.0, 4.0),
+        Activity("compute", 3.0, 9.0),
+        Activity("compute", 20.0, 30.0),
+    ]
+    (axes,) = charts.activity_timeline({"leaf": activities}, 2.0, 8.0).axes
+    spans = [
+        [(box.x0, box.x1) for box in (path.get_extents() for path in lane.get_paths())] for lane in axes.collections
+    ]
+    assert spans == [[(2.0, 4.0)], [(3.0, 8.0)], []]
+    with pytest.raises(ValueError, match="recordings"):
+        charts.activity_timeline({}, 0, 1)

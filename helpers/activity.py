@@ -1,0 +1,96 @@
+"""What the accelerator does when: copies and compute, from the profiler of PyTorch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from helpers.measure import accelerator, synchronize
+
+KINDS = ("copy to the accelerator", "compute", "copy back")
+
+
+@dataclass(frozen=True)
+class Activity:
+    """One copy or one kernel.
+
+    Attributes:
+        kind: one of `KINDS`.
+        start_ms, end_ms: milliseconds since the first activity of the recording.
+    """
+
+    kind: str
+    start_ms: float
+    end_ms: float
+
+
+def record_activity(function: Callable[[], Any]) -> list[Activity]:
+    """Call `function` once and return what the accelerator did, in order of start; an empty list on a CPU.
+
+    Source: `torch.profiler` (https://docs.pytorch.org/docs/stable/profiler.html). It makes the call a little slower.
+    """
+    device = accelerator()
+    if device.type == "cpu":
+        function()
+        return []
+    activity = getattr(torch.profiler.ProfilerActivity, device.type.upper())
+    synchronize()
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        function()
+        synchronize()
+    spans = []
+    for event in profile.events():
+        kind = _kind(event.name)
+        if event.device_type.name != "CPU" and kind is not None:
+            spans.append((event.time_range.start, event.time_range.end, kind))
+    first = min((start for start, _, _ in spans), default=0)
+    return [Activity(kind, (start - first) / 1e3, (end - first) / 1e3) for start, end, kind in sorted(spans)]
+
+
+def _kind(name: str) -> str | None:
+    """Kind of an activity by the profiler's name for it; None for what is neither copy nor compute."""
+    if name.startswith("Memcpy HtoD"):
+        return "copy to the accelerator"
+    if name.startswith("Memcpy DtoH"):
+        return "copy back"
+    if name.startswith(("Memcpy", "Memset")):
+        return None  # inside of the accelerator
+    return "compute"
+
+
+def busy_ms(activities: Sequence[Activity], kind: str) -> float:
+    """Milliseconds in which at least one activity of `kind` runs."""
+    return sum(end - start for start, end in _merge(activities, kind))
+
+
+def hidden_share(activities: Sequence[Activity]) -> float:
+    """Share of the time of the copies to the accelerator, from 0 to 1, during which it also computes.
+
+    Raises:
+        ValueError: nothing was copied there.
+    """
+    copies, kernels = _merge(activities, KINDS[0]), _merge(activities, "compute")
+    total = sum(end - start for start, end in copies)
+    if not total:
+        raise ValueError("nothing was copied to the accelerator")
+    hidden, index = 0.0, 0
+    for start, end in copies:
+        while index < len(kernels) and kernels[index][1] <= start:
+            index += 1
+        for left, right in kernels[index:]:
+            if left >= end:
+                break
+            hidden += min(end, right) - max(start, left)
+    return hidden / total
+
+
+def _merge(activities: Sequence[Activity], kind: str) -> list[tuple[float, float]]:
+    """The times of one kind, overlapping ones joined, in order."""
+    merged: list[tuple[float, float]] = []
+    for activity in sorted((entry for entry in activities if entry.kind == kind), key=lambda entry: entry.start_ms):
+        if merged and activity.start_ms <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], activity.end_ms))
+        else:
+            merged.append((activity.start_ms, activity.end_ms))
+    return merged
