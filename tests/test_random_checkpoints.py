@@ -1,57 +1,371 @@
+"""Everything is built at tiny sizes, with a pocket folder of its own for the tokenizers and the scheduler."""
+
+import errno
+import json
+import os
 import shutil
+import signal
+import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pipeline
+from bitsandbytes.nn import Linear4bit
+from conftest import CALL, WIDTH, build_tokenizer
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers.quantizers import PipelineQuantizationConfig
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
 
 from benchmarks import random_checkpoints
-from helpers.checkpoints import find_fault
+from benchmarks.random_checkpoints import COMPONENTS, NF4, QUANTIZED, build
+from helpers import checkpoints, measure
 from helpers.errors import TutorialError
 
+T5 = {"vocab_size": 64, "d_model": WIDTH, "d_kv": 32, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 2}
+# What replaces entries of COMPONENTS' configurations.
+TINY = {
+    "flux": {
+        "transformer": {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "joint_attention_dim": WIDTH,
+            "pooled_projection_dim": WIDTH,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        "text_encoder_2": T5,
+        "text_encoder": {
+            "vocab_size": 64,
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "projection_dim": WIDTH,
+        },
+        "vae": {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 32,
+        },
+    },
+    "wan": {
+        "transformer": {
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "text_dim": WIDTH,
+            "freq_dim": WIDTH,
+            "ffn_dim": 2 * WIDTH,
+            "num_layers": 2,
+        },
+        "text_encoder": T5,
+        "vae": {"base_dim": 8},
+    },
+}
+CALLS = {
+    "flux": CALL,
+    "wan": {"prompt": "cat face", "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16},
+}
+MODELS = pytest.mark.parametrize("model", ["flux", "wan"])
 
-def test_parameter_counts_are_the_published_ones():
-    billions = {name: count / 1e9 for name, count in random_checkpoints.count_parameters().items()}
-    assert billions["transformer"] == pytest.approx(11.9, abs=0.05)
-    assert billions["text_encoder_2"] == pytest.approx(4.76, abs=0.005)
-    assert billions["text_encoder"] == pytest.approx(0.123, abs=0.001)
+
+@pytest.fixture(scope="session")
+def pocket_root(tiny_checkpoint, tmp_path_factory) -> Path:
+    """A package root with the parts of the pocket models that a random checkpoint takes over."""
+    root = tmp_path_factory.mktemp("root")
+    shutil.copytree(tiny_checkpoint, root / "checkpoints" / "pocket-flux")
+    wan = root / "checkpoints" / "pocket-wan"
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    build_tokenizer(special, 16, "$A </s>").save_pretrained(wan / "tokenizer")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.save_pretrained(wan / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer_2": [None, None],
+    }
+    (wan / "model_index.json").write_text(json.dumps(index))
+    return root
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Two tiny components instead of the four large ones."""
-    parts = {name: getattr(build_pipeline(), name) for name in ("text_encoder", "text_encoder_2")}
-    builders = {name: lambda part=part: type(part)(part.config) for name, part in parts.items()}
-    monkeypatch.setattr(random_checkpoints, "flux_components", lambda: builders)
-    # The two that are left out are not missing: model_index.json names them.
-    monkeypatch.setattr(random_checkpoints.checkpoints, "find_fault", lambda folder: None)
+def cache(pocket_root, tmp_path, monkeypatch) -> Path:
+    """The cache folder; components are tiny."""
+    for model, changes in TINY.items():
+        for name, change in changes.items():
+            component, config = COMPONENTS[model][name]
+            monkeypatch.setitem(COMPONENTS[model], name, (component, config | change))
+    monkeypatch.setattr(checkpoints, "PACKAGE_ROOT", pocket_root)
+    monkeypatch.setenv("TUTORIAL_CACHE", str(tmp_path))
+    return tmp_path
 
 
-def test_build_is_made_once_and_redone_after_an_interruption(small, tmp_path, capsys):
-    folder = tmp_path / "random-flux"
-    part = tmp_path / "random-flux.part"
-    (part / "transformer").mkdir(parents=True)  # what an interrupted build left
-    random_checkpoints.build_flux(folder)
-    assert not part.exists() and (folder / "text_encoder_2" / "model.safetensors").is_file()
-    assert "transformer/ is missing" in find_fault(folder)  # only the two tiny ones were built
-    changed = (folder / "text_encoder" / "model.safetensors").stat().st_mtime_ns
-    random_checkpoints.build_flux(folder)
-    assert "there already" in capsys.readouterr().out
-    assert (folder / "text_encoder" / "model.safetensors").stat().st_mtime_ns == changed
+def left_in(folder):
+    """What a failed build left, besides the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def test_weights_are_random_and_norms_are_ones():
-    with torch.device("meta"):
-        module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
-    module = random_checkpoints.fill(module, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert module[0].weight.dtype == torch.bfloat16
-    assert module[0].weight.detach().float().std() == pytest.approx(0.02, rel=0.1)
-    assert module[0].bias.eq(0).all() and module[1].weight.eq(1).all()
+def load(folder, **changes):
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16, **changes)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def test_too_small_a_disk(tmp_path, monkeypatch):
+def run_one_step(model, pipeline):
+    arguments = CALLS[model] | {"num_inference_steps": 1, "output_type": "np"}
+    output = pipeline(**arguments, generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(output[0][0])
+
+
+def read_stored(folder):
+    """{name: shape and dtype} of the tensors in a component's folder, and its configuration."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                # A wider copy of the same values: libraries keep some layers in float32.
+                kind = "float" if tensor.dtype in (torch.bfloat16, torch.float32) else str(tensor.dtype)
+                tensors[name] = (tuple(tensor.shape), kind)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    return tensors, config
+
+
+def quantized_layers(module):
+    return {name for name, layer in module.named_modules() if isinstance(layer, Linear4bit)}
+
+
+# The real sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("flux", {"transformer": 11.90, "text_encoder_2": 4.76, "text_encoder": 0.123, "vae": 0.0838}),
+        ("wan", {"transformer": 14.29, "text_encoder": 5.68, "vae": 0.1269}),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(model, published):
+    billions = {name: count / 1e9 for name, count in random_checkpoints.count_parameters(model).items()}
+    assert billions == pytest.approx(published, rel=1.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "nf4", "needed"), [("flux", False, 35), ("flux", True, 12), ("wan", False, 41), ("wan", True, 15)]
+)
+def test_too_small_a_disk(model, nf4, needed, pocket_root, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoints, "PACKAGE_ROOT", pocket_root)
+    monkeypatch.setenv("TUTORIAL_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 3 * 10**9))
-    with pytest.raises(TutorialError, match="needs 35 GB of disk .* has 3 GB free"):
-        random_checkpoints.build_flux(tmp_path / "random-flux")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TutorialError, match=f"needs {needed} GB of disk .* has 3 GB free"):
+        build(model, nf4)
+    assert left_in(tmp_path) == []
+
+
+@MODELS
+def test_nothing_but_parameters_is_stored(model):
+    for name in COMPONENTS[model]:
+        module = random_checkpoints.create(model, name)
+        assert set(module.state_dict()) == {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+
+# What is written
+
+
+@MODELS
+def test_checkpoint_is_what_the_libraries_save(model, cache, tmp_path):
+    """bf16 and nf4: the same tensors and configurations as a pipeline's own, the same layers, the same weights."""
+    folder, nf4_folder = build(model), build(model, nf4=True)
+    assert (folder.name, nf4_folder.name) == (f"random-{model}", f"random-{model}-nf4")
+    config = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=list(QUANTIZED[model])
+    )
+    plain, quantized, stored = load(folder), load(folder, quantization_config=config), load(nf4_folder)
+
+    for pipeline, written in ((plain, folder), (quantized, nf4_folder)):
+        saved = tmp_path / "saved" / written.name
+        pipeline.save_pretrained(saved)
+        for name in COMPONENTS[model]:
+            assert read_stored(written / name) == read_stored(saved / name), name
+
+    assert measure.component_footprints(stored) == measure.component_footprints(quantized)
+    for name, module in measure.component_modules(stored).items():
+        reference = getattr(quantized, name)
+        assert quantized_layers(module) == quantized_layers(reference)
+        assert bool(quantized_layers(module)) == (name in QUANTIZED[model])
+        assert all(map(torch.equal, module.state_dict().values(), reference.state_dict().values())), name
+
+    for pipeline in (plain, stored):
+        assert run_one_step(model, pipeline).isfinite().all()
+    assert torch.equal(run_one_step(model, stored), run_one_step(model, quantized))
+
+
+@MODELS
+@pytest.mark.parametrize("nf4", [False, True])
+def test_large_components_are_several_files(model, nf4, cache, monkeypatch):
+    monkeypatch.setattr(random_checkpoints, "FILE_SIZE", 20_000)
+    monkeypatch.setattr(random_checkpoints, "FILE_SIZES", {})
+    folder = build(model, nf4)
+    for name in QUANTIZED[model]:
+        files = list((folder / name).glob("*.safetensors"))
+        assert len(files) > 1
+        largest = max(map(random_checkpoints.stored_bytes, random_checkpoints.create(model, name, nf4).parameters()))
+        assert max(file.stat().st_size for file in files) < max(20_000, largest) + 10_000  # the headers
+    assert run_one_step(model, load(folder)).isfinite().all()
+
+
+def test_a_file_is_aligned_and_read_back(tmp_path):
+    tensors = {
+        "packed": torch.arange(3, dtype=torch.uint8).reshape(3, 1),
+        "half": torch.randn(5).to(torch.bfloat16),
+        "scales": torch.randn(2, 3),
+    }
+    for length in range(1, 9):  # of a name, so that headers of all lengths occur
+        path = tmp_path / "file.safetensors"
+        random_checkpoints.write_file(path, {"x" * length: torch.ones(1), **tensors}, tqdm(disable=True))
+        read = load_file(path)
+        assert read.keys() == {"x" * length, *tensors}
+        assert all(read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        assert size % 8 == 0
+        header = json.loads(content[8 : 8 + size])
+        assert all(header[name]["data_offsets"][0] % tensor.element_size() == 0 for name, tensor in tensors.items())
+
+
+def test_weights_are_random_and_norms_are_ones(cache):
+    generator = torch.Generator().manual_seed(0)
+    module = random_checkpoints.create("wan", "vae")
+    made = {
+        name: random_checkpoints.random_tensor(name, parameter, generator)
+        for name, parameter in module.named_parameters()
+    }
+    assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}
+    assert made["decoder.conv_in.weight"].float().std() == pytest.approx(0.02, rel=0.1)
+    assert made["decoder.conv_in.bias"].eq(0).all() and made["encoder.norm_out.gamma"].eq(1).all()
+    assert random_checkpoints.random_tensor("norm.weight", torch.empty(4), generator).eq(1).all()
+
+
+# Building
+
+
+def test_build_is_made_once_with_a_message_and_a_bar(cache, capsys):
+    folder = build("flux")
+    printed = capsys.readouterr()
+    assert f"into {cache} (" in printed.out and "Writing random-flux, 0.0 GB" in printed.out
+    bar = printed.err.split("\r")[-1]
+    assert "100%" in bar and "vae" in bar
+    changed = (folder / "vae" / "config.json").stat().st_mtime_ns
+    assert build("flux") == folder and (folder / "vae" / "config.json").stat().st_mtime_ns == changed
+    assert capsys.readouterr() == ("", "")
+
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    build("flux")
+    assert checkpoints.find_fault(folder) is None
+
+
+def test_bar_moves_inside_a_component(cache, tmp_path):
+    class Bar:
+        moves = []
+
+        def update(self, size):
+            self.moves.append(size)
+
+    module = random_checkpoints.create("flux", "transformer", nf4=True)
+    total = sum(map(random_checkpoints.stored_bytes, module.parameters()))
+    random_checkpoints.write_component(module, tmp_path / "new", 5e9, Bar())
+    assert len(Bar.moves) > 50 and max(Bar.moves) < total / 5
+    assert sum(Bar.moves) == pytest.approx(total, rel=0.2)  # the small tables are not small beside these weights
+
+
+def test_a_killed_build_is_noticed_and_redone(cache, monkeypatch):
+    ready = cache / "ready.lock"
+    write_component = random_checkpoints.write_component
+
+    def stop_at_the_second(module, folder, *arguments):
+        if folder.name == "text_encoder_2":
+            folder.mkdir()
+            ready.touch()
+            time.sleep(60)
+        write_component(module, folder, *arguments)
+
+    child = os.fork()
+    if child == 0:
+        random_checkpoints.write_component = stop_at_the_second
+        build("flux")
+        os._exit(1)
+    try:
+        deadline = time.monotonic() + 30
+        while not ready.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(TutorialError, match="Another process is building .*random-flux"):
+            build("flux")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert left_in(cache) == ["random-flux.part"]
+    assert (cache / "random-flux.part" / "transformer").is_dir()
+    monkeypatch.setenv("TUTORIAL_MODELS", "random")
+    with pytest.raises(TutorialError, match="it has not been built.*random_checkpoints flux`"):
+        checkpoints.get_checkpoint("flux")
+
+    assert checkpoints.find_fault(build("flux")) is None
+    assert left_in(cache) == ["random-flux"]
+    assert checkpoints.get_checkpoint("flux").path == str(cache / "random-flux")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "could not be written, the disk is full: free"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "could not be written, .*Input/output error: set TUTORIAL_CACHE"),
+        (KeyboardInterrupt(), "Interrupted: what was written is removed"),
+    ],
+)
+def test_an_error_half_way_is_one_sentence_and_leaves_nothing(error, message, cache, monkeypatch):
+    write_file = random_checkpoints.write_file
+
+    def fail_at_the_second(path, *arguments):
+        if path.parent.name == "text_encoder_2":
+            path.write_bytes(b"half")
+            raise error
+        write_file(path, *arguments)
+
+    monkeypatch.setattr(random_checkpoints, "write_file", fail_at_the_second)
+    monkeypatch.setattr("sys.argv", ["random_checkpoints", "flux", "--nf4"])
+    with pytest.raises(SystemExit, match=message):
+        random_checkpoints.main()
+    assert left_in(cache) == []
+
+
+def test_a_missing_pocket_model_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PACKAGE_ROOT", tmp_path)
+    with pytest.raises(TutorialError, match="git checkout -- checkpoints/pocket-wan"):
+        build("wan")
+    assert left_in(cache) == []
+
+
+def test_command_line(cache, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["random_checkpoints", "wan", "--nf4"])
+    random_checkpoints.main()
+    assert capsys.readouterr().out.endswith(f"The checkpoint is in {cache / 'random-wan-nf4'}\n")
+
+
+def test_the_command_to_build_is_named_for_nf4_too(cache):
+    with pytest.raises(TutorialError, match="python -m benchmarks.random_checkpoints wan --nf4`"):
+        checkpoints._find_random("random-wan-nf4")
