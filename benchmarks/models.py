@@ -11,8 +11,9 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 
 from helpers.errors import TutorialError
 
@@ -31,6 +32,7 @@ class Model:
         vaes: what turns latents into pictures.
         quantized: the denoisers and the large text encoders.
         sizes: bytes of weights of each component on disk.
+        variant: "fp16" where a component has no other weights, else None.
         saved: folder of the nf4 weights, or "" before they are written.
     """
 
@@ -40,30 +42,25 @@ class Model:
     vaes: tuple[str, ...]
     quantized: tuple[str, ...]
     sizes: dict[str, int]
+    variant: str | None = None
     saved: str = ""
 
     def component_class(self, name: str) -> type:
         """Class of a component, from the pipeline's index."""
-        return _component_class(*DiffusionPipeline.load_config(self.path)[name])
+        return _component_class(*read_index(self.path)[name])
 
     def is_quantized(self) -> bool:
         """Whether the checkpoint holds quantized weights already."""
         configs = (self.component_class(name).load_config(self.path, subfolder=name) for name in self.denoisers)
         return any("quantization_config" in config for config in configs)
 
-    def outside_blocks(self) -> list[str]:
-        """Names of the denoisers' own children that are not lists of blocks: embedders, last norm, projection."""
-        names = []
-        for name in self.denoisers:
-            cls = self.component_class(name)
-            with torch.device("meta"):
-                denoiser = cls.from_config(cls.load_config(self.path, subfolder=name))
-            names += [
-                child
-                for child, module in denoiser.named_children()
-                if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
-            ]
-        return sorted(set(names))
+    def outside_blocks(self, denoiser: str) -> list[str]:
+        """Names of a denoiser's own children that are not lists of blocks: embedders, last norm, projection."""
+        cls = self.component_class(denoiser)
+        with torch.device("meta"):
+            module = cls.from_config(cls.load_config(self.path, subfolder=denoiser))
+        lists = (torch.nn.ModuleList, torch.nn.Sequential)
+        return [name for name, child in module.named_children() if not isinstance(child, lists)]
 
 
 def find_model(path: str) -> Model:
@@ -75,45 +72,63 @@ def find_model(path: str) -> Model:
     Raises:
         TutorialError: it is no checkpoint of a pipeline, or none that draws from a prompt.
     """
-    try:
-        index = DiffusionPipeline.load_config(path)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TutorialError(
-            f"{path} is no checkpoint of a diffusers pipeline ({reason}): give a folder with a model_index.json, or a "
-            "repository id such as stabilityai/stable-diffusion-3.5-medium."
-        ) from None
+    index = read_index(path)
+    # An entry of a component is [library, class]; [null, null] is one that this checkpoint does without.
     components = {
-        name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None
+        name: entry
+        for name, entry in index.items()
+        if isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
     }
-    pipeline = index.get("_class_name")
+    pipeline = index["_class_name"]
     call = call_parameters(path)
     if "prompt" not in call:
         raise TutorialError(f"{path} is a {pipeline}, which takes no prompt: give a text-to-image or -video model.")
+    needed = [name for name, parameter in call.items() if _must_be_given(parameter) and name not in ("self", "prompt")]
+    if needed:
+        raise TutorialError(
+            f"{path} is a {pipeline}, which needs more than a prompt ({', '.join(needed)}): give a text-to-image or "
+            "-video model."
+        )
     classes = {name: _component_class(*entry) for name, entry in components.items()}
-    # Names of classes, not of components: a pipeline may call its second denoiser what it likes.
-    denoisers = tuple(
-        name
-        for name, cls in classes.items()
-        if _is_diffusers_model(cls) and any(word in cls.__name__ for word in ("Transformer", "UNet"))
-    )
+    denoisers = tuple(name for name, cls in classes.items() if _is_denoiser(name, cls))
     if not denoisers:
         raise TutorialError(f"{path} is a {pipeline}, in which no transformer and no UNet was found.")
-    sizes = _weight_sizes(path)
-    encoders = tuple(name for name in components if name.startswith("text_encoder"))
+    sizes, variant = _weight_sizes(path)
+    encoders = tuple(name for name, cls in classes.items() if _is_text_encoder(name, cls))
     # CLIP is small beside a T5 or a language model. A pipeline may have nothing else.
     candidates = [name for name in encoders if "CLIP" not in components[name][1]] or encoders
     largest = max((sizes.get(name, 0) for name in candidates), default=0)
     large = tuple(name for name in candidates if sizes.get(name, 0) >= LARGE * largest)
     vaes = tuple(
-        name for name, cls in classes.items() if _is_diffusers_model(cls) and cls.__name__.startswith("Autoencoder")
+        name
+        for name, cls in classes.items()
+        if _is_diffusers_model(cls) and ("Autoencoder" in cls.__name__ or "VQ" in cls.__name__)
     )
-    return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes)
+    return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant)
+
+
+def read_index(path: str) -> dict[str, Any]:
+    """The model_index.json of a checkpoint.
+
+    Raises:
+        TutorialError: there is none, or it names no pipeline.
+    """
+    try:
+        index = DiffusionPipeline.load_config(path)
+    except (OSError, ValueError) as error:  # the errors of the Hub are among these
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise TutorialError(
+            f"{path} is no checkpoint of a diffusers pipeline ({reason}): give a folder with a model_index.json, or a "
+            "repository id such as stabilityai/stable-diffusion-3.5-medium."
+        ) from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise TutorialError(f"The model_index.json of {path} names no class of diffusers: give another checkpoint.")
+    return index
 
 
 def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
     """The parameters that the pipeline of a checkpoint can be called with."""
-    name = DiffusionPipeline.load_config(path)["_class_name"]
+    name = read_index(path)["_class_name"]
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise TutorialError(
@@ -122,17 +137,43 @@ def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(cls.__call__).parameters
 
 
+def _must_be_given(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
 def _component_class(library: str, name: str) -> type | None:
-    """The class of a component; None for one that is in neither library."""
-    return getattr(diffusers, name, None) or getattr(transformers, name, None)
+    """The class of a component, found as diffusers finds it; None where that fails."""
+    try:
+        return simple_get_class_obj(library, name)
+    except (AttributeError, ImportError, ValueError):
+        return None
 
 
 def _is_diffusers_model(cls: type | None) -> bool:
-    return cls is not None and issubclass(cls, diffusers.ModelMixin)
+    return isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
 
 
-def _weight_sizes(path: str) -> dict[str, int]:
-    """Bytes of weights by component. A component may have its weights in several formats: the largest format counts."""
+def _is_denoiser(name: str, cls: type | None) -> bool:
+    """By the names of the component and of its class: a "transformer" may be a HunyuanDiT2DModel."""
+    words = f"{name} {cls.__name__}".lower() if _is_diffusers_model(cls) else ""
+    return "transformer" in words or "unet" in words
+
+
+def _is_text_encoder(name: str, cls: type | None) -> bool:
+    """Called so; or a language model of transformers, whatever its name."""
+    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
+        return False
+    language_model = issubclass(cls, transformers.PreTrainedModel) and cls.__name__.endswith(
+        ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
+    )
+    return "text_encoder" in name or language_model
+
+
+def _weight_sizes(path: str) -> tuple[dict[str, int], str | None]:
+    """Bytes of weights by component; and "fp16" if a component has its weights in that variant only, else None.
+
+    A component may have its weights in several formats: the largest format counts.
+    """
     folder = Path(path)
     if folder.is_dir():
         files = [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.glob("*/*")]
@@ -142,14 +183,15 @@ def _weight_sizes(path: str) -> dict[str, int]:
         except HfHubHTTPError.__bases__ as error:
             raise TutorialError(f"The Hub cannot be asked about {path} ({type(error).__name__}): try again.") from None
         files = [(file.rfilename, file.size or 0) for file in siblings if file.rfilename.count("/") == 1]
-    sizes: dict[str, dict[str, int]] = {}
+    sizes: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}  # in the fp16 variant?
     for file, size in files:
         component, name = file.split("/")
         kind = "safetensors" if name.endswith(".safetensors") else "bin" if name.endswith(".bin") else None
-        if kind and ".fp16." not in name:
-            formats = sizes.setdefault(component, {})
+        if kind:
+            formats = sizes[".fp16" in name].setdefault(component, {})
             formats[kind] = formats.get(kind, 0) + size
-    return {component: max(formats.values()) for component, formats in sizes.items()}
+    variant = "fp16" if sizes[True].keys() - sizes[False].keys() else None
+    return {name: max(formats.values()) for name, formats in (sizes[True] | sizes[False]).items()}, variant
 
 
 def describe(model: Model) -> str:

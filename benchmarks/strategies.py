@@ -6,11 +6,14 @@ those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/
 """
 
 import torch
+from diffusers import BitsAndBytesConfig as DiffusersConfig
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.hooks import apply_group_offloading
+from transformers import BitsAndBytesConfig as TransformersConfig
 
 from benchmarks.models import Model
 from helpers import cpu_backend, measure
+from helpers.errors import TutorialError
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 CPU = torch.device("cpu")
@@ -21,20 +24,17 @@ CPU = torch.device("cpu")
 
 def load_bf16(model: Model) -> DiffusionPipeline:
     """All components in bfloat16, in host memory."""
-    return DiffusionPipeline.from_pretrained(model.path, dtype=torch.bfloat16)
+    return DiffusionPipeline.from_pretrained(model.path, variant=model.variant, dtype=torch.bfloat16)
 
 
-def quantize_at_load(model: Model, skip: list[str] | None = None) -> DiffusionPipeline:
-    """nf4 for the denoisers and the large text encoders, quantized while they load, on the accelerator.
-
-    `skip` names modules that stay bfloat16.
-    """
+def quantize_at_load(model: Model) -> DiffusionPipeline:
+    """nf4 for the denoisers and the large text encoders, quantized while they load, on the accelerator."""
     config = PipelineQuantizationConfig(
-        quant_backend="bitsandbytes_4bit",
-        quant_kwargs=NF4 if skip is None else NF4 | {"llm_int8_skip_modules": skip},
-        components_to_quantize=list(model.quantized),
+        quant_backend="bitsandbytes_4bit", quant_kwargs=NF4, components_to_quantize=list(model.quantized)
     )
-    return DiffusionPipeline.from_pretrained(model.path, quantization_config=config, dtype=torch.bfloat16)
+    return DiffusionPipeline.from_pretrained(
+        model.path, variant=model.variant, quantization_config=config, dtype=torch.bfloat16
+    )
 
 
 def load_saved_nf4(model: Model) -> DiffusionPipeline:
@@ -56,7 +56,19 @@ def save_nf4(model: dict, folder: str) -> None:
     """
     cpu_backend.enable()
     subject = Model(**model)
-    quantize_at_load(subject, skip=subject.outside_blocks()).save_pretrained(folder)
+    configs = {
+        name: DiffusersConfig(**NF4, llm_int8_skip_modules=subject.outside_blocks(name))
+        if name in subject.denoisers
+        else TransformersConfig(**NF4)
+        for name in subject.quantized
+    }
+    pipeline = DiffusionPipeline.from_pretrained(
+        subject.path,
+        variant=subject.variant,
+        quantization_config=PipelineQuantizationConfig(quant_mapping=configs),
+        dtype=torch.bfloat16,
+    )
+    pipeline.save_pretrained(folder)
 
 
 # Where the components are
@@ -151,6 +163,8 @@ def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
     torch._dynamo.config.cache_size_limit = 1000
     for name in model.denoisers:
         denoiser = getattr(pipeline, name)
+        if not denoiser._repeated_blocks:
+            raise TutorialError(f"diffusers does not know the repeated blocks of a {type(denoiser).__name__}.")
         for module in denoiser.modules():
             if type(module).__name__ in denoiser._repeated_blocks:
                 module.forward = torch.compile(module.forward, fullgraph=True)
