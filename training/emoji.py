@@ -64,13 +64,14 @@ TEMPLATES = (
 """Prompt forms seen in training; the first is the one that the lessons use."""
 
 
-def _article(words: str) -> str:
+def make_article(words: str) -> str:
+    """Returns the words with "a" or "an" before them."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def make_prompt(name: str, colour: str, template: str = TEMPLATES[0]) -> str:
     """Returns the prompt for one emoji on one background, for example "cat face on a yellow background"."""
-    return template.format(name=name, a_name=_article(name), colour=colour, a_colour=_article(colour))
+    return template.format(name=name, a_name=make_article(name), colour=colour, a_colour=make_article(colour))
 
 
 def render_glyph(character: str, size: int, font: Path = FONT) -> np.ndarray:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from common import load_pipeline
+from diffusers import DiffusionPipeline
 from emoji import COLOURS, FONT, make_prompt, over, render_names, split_pairs
 from tqdm import tqdm
 
@@ -48,25 +49,6 @@ def border_colour(picture: np.ndarray, width: int = 6) -> str:
     inside[width:-width, width:-width] = True
     median = np.median(picture[~inside], axis=0)
     return min(COLOURS, key=lambda c: np.square(np.asarray(COLOURS[c]) - median).sum())
-
-
-def load_pipeline(checkpoint: str, nf4: bool) -> DiffusionPipeline:
-    """Loads the checkpoint in bf16 or with nf4 weights in the transformer and the T5 encoder."""
-    config = None
-    if nf4:
-        config = PipelineQuantizationConfig(
-            quant_backend="bitsandbytes_4bit",
-            quant_kwargs={
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_compute_dtype": torch.bfloat16,
-            },
-            components_to_quantize=["transformer", "text_encoder_2"],
-        )
-    pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=config)
-    pipeline.to(torch.accelerator.current_accelerator() or "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def evaluate(

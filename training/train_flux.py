@@ -9,48 +9,22 @@ where it was stopped. It takes about eight minutes on one data-centre GPU (H200)
 
 import argparse
 import json
-import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from emoji import COLOURS, FONT, TEMPLATES, load_emoji, make_prompt, split_pairs
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 SIZE = 128  # pixels
 WIDTH = 192  # of the transformer: a multiple of 64, the block of nf4
 TEXT_WIDTH = 128
 CLIP_TOKENS, T5_TOKENS = 77, 512  # what FluxPipeline pads to by default
 SHORT = 32  # tokens, more than any prompt here has
-UNKNOWN = 3  # the token of an unknown word
 SHIFT = 1.6  # what the scheduler's dynamic shift comes to at 128 x 128
-
-
-def build_tokenizer(words: list[str], max_length: int, bos: bool) -> PreTrainedTokenizerFast:
-    """Builds a word-level tokenizer: lower case, split at blanks, commas and full stops; an unknown word is [UNK]."""
-    special = ["<pad>", "</s>", "<s>", "[UNK]"]
-    vocabulary = {word: i for i, word in enumerate(special + sorted(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 2), ("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=max_length,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="[UNK]",
-    )
 
 
 def build_models(words: list[str]) -> dict:
@@ -150,67 +124,6 @@ class Pictures:
         return (sprite[:, :3] + background * (1 - sprite[:, 3:])) * 2 - 1
 
 
-class Trainer:
-    """Counts steps, follows a learning-rate schedule, keeps an average of the weights, saves and resumes."""
-
-    def __init__(self, modules: dict, steps: int, rate: float, decay: float, state_file: Path) -> None:
-        self.modules = torch.nn.ModuleDict(modules)
-        self.parameters = list(self.modules.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=self.parameters[0].is_cuda
-        )
-        self.steps, self.rate, self.decay = steps, rate, decay
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.state_file, self.step, self.saved = state_file, 0, time.time()
-        if state_file.exists():
-            state = torch.load(state_file, map_location=self.parameters[0].device)
-            self.modules.load_state_dict(state["modules"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.step = state["average"], state["step"]
-
-    def save(self) -> None:
-        """Writes the state in one rename, so that a stop half-way loses nothing."""
-        part = self.state_file.with_suffix(".part")
-        torch.save(
-            {
-                "modules": self.modules.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "average": self.average,
-                "step": self.step,
-            },
-            part,
-        )
-        part.replace(self.state_file)
-        self.saved = time.time()
-
-    def update(self) -> None:
-        """One optimizer step with the gradients that the parameters hold; drops them."""
-        done = self.step / self.steps
-        rate = self.rate * min(1, (self.step + 1) / 500) * min(1, 2 * (1 - done) + 1e-3)  # falls in the second half
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - min(self.decay, self.step / (self.step + 20)))
-        if time.time() - self.saved > 60:
-            self.save()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Puts the averaged weights into the modules."""
-        self.save()
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.copy_(average)
-
-
-def seeded(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator for one step of one stage, so that a resumed run draws what an uninterrupted one would."""
-    return torch.Generator(device).manual_seed(hash(numbers) % 2**62)
-
-
 def train_vae(
     vae: AutoencoderKL, pictures: Pictures, pairs: torch.Tensor, steps: int, batch: int, state_file: Path, seed: int
 ) -> None:
@@ -275,13 +188,6 @@ def tokenize_prompts(components: dict, names: list[str], device: torch.device) -
     return tuple(out)
 
 
-def insert_unknown(ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Inserts the token [UNK] into each row of `ids` at the position `at`; a position past the end changes nothing."""
-    place = torch.arange(ids.shape[1], device=ids.device)[None]
-    at = at[:, None]
-    return ids.gather(1, place - (place > at).long()).masked_fill(place == at, UNKNOWN)
-
-
 class FlowLoss:
     """The loss of the transformer and the text encoders on one batch, with everything that can be made beforehand."""
 
@@ -319,36 +225,6 @@ class FlowLoss:
                 return_dict=False,
             )[0]
         return F.mse_loss(predicted.float(), velocity)
-
-
-class Graph:
-    """A loss with its backward pass, recorded as a CUDA graph: launching its 2,000 kernels costs the CPU nothing."""
-
-    def __init__(self, loss: FlowLoss, parameters: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        self.parameters, self.inputs = parameters, [x.clone() for x in inputs]
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, tunes, sets libraries up
-                loss(*self.inputs).backward()
-                for parameter in parameters:
-                    parameter.grad = None
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream):
-            value = loss(*self.inputs)
-            value.backward()
-            self.value = value.detach()
-        del value
-        self.gradients = [parameter.grad for parameter in parameters]
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Computes the loss and the gradients of the parameters; returns the loss."""
-        for place, value in zip(self.inputs, inputs, strict=True):
-            place.copy_(value)
-        self.graph.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        return self.value
 
 
 def train_flow(
@@ -439,12 +315,7 @@ def main() -> None:
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="GPU only")
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward broke off at these sizes (torch 2.11, Hopper)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = pick_device(args.seed)
     args.state.mkdir(parents=True, exist_ok=True)
 
     emoji = load_emoji(SIZE, args.font)
