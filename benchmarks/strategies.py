@@ -236,7 +236,6 @@ COMBINATIONS = (
     "saved nf4, text encoders offloaded, regional compile",
     "saved nf4, model offload, regional compile",
     "saved nf4, leaf group offload, eager",
-    "saved nf4, leaf group offload, full compile",
     "saved nf4, block group offload, eager",
     "saved nf4, block group offload, compiled inside",
     "recipe 1",
