@@ -1,7 +1,9 @@
 """What the accelerator does when: copies and compute, from the profiler of PyTorch."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,30 @@ def hidden_share(activities: Sequence[Activity]) -> float:
                 break
             hidden += min(end, right) - max(start, left)
     return hidden / total
+
+
+def save_activities(
+    recordings: Mapping[str, Sequence[Activity]], path: str | Path, start_ms: float, end_ms: float
+) -> None:
+    """Write what of each recording lies between two moments, overlapping spans of a kind joined, as JSON."""
+    lanes = {
+        name: {
+            kind: [[round(a - start_ms, 3), round(b - start_ms, 3)] for a, b in _merge(activities, kind)
+                   if b > start_ms and a < end_ms]
+            for kind in KINDS
+        }
+        for name, activities in recordings.items()
+    }  # fmt: skip
+    Path(path).write_text(json.dumps(lanes) + "\n", encoding="utf-8")
+
+
+def load_activities(path: str | Path) -> dict[str, list[Activity]]:
+    """Read what `save_activities` wrote; the beginning of the window is 0 ms."""
+    lanes = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {
+        name: [Activity(kind, start, end) for kind, spans in kinds.items() for start, end in spans]
+        for name, kinds in lanes.items()
+    }
 
 
 def _merge(activities: Sequence[Activity], kind: str) -> list[tuple[float, float]]:

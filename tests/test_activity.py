@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.activity import Activity, busy_ms, hidden_share, record_activity
+from helpers.activity import Activity, busy_ms, hidden_share, load_activities, record_activity, save_activities
 
 
 def copies(*spans):
@@ -51,3 +51,11 @@ def test_a_copy_and_a_product_are_recorded():
 
     kinds = {activity.kind for activity in record_activity(work)}
     assert kinds == {"copy to the accelerator", "compute", "copy back"}
+
+
+def test_saved_activities_come_back_joined_and_from_the_window(tmp_path):
+    activities = copies((0, 10), (12, 14)) + kernels((11, 13), (12, 16), (30, 31))
+    save_activities({"leaf": activities}, tmp_path / "a.json", 11, 20)
+    assert load_activities(tmp_path / "a.json") == {
+        "leaf": [Activity("copy to the accelerator", 1, 3), Activity("compute", 0, 5)]
+    }
