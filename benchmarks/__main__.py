@@ -6,13 +6,18 @@
 
 The checkpoint is any text-to-image or text-to-video model of diffusers: a folder, a repository id of the Hub, or one
 of the lessons' own (pocket-flux, pocket-wan, random-flux, random-wan). A combination that fails is a row that says why,
-and the others go on. The results go to one JSON file, row by row: the same command goes on where it was stopped.
+and the others go on. The results go to one JSON file for each checkpoint and device, row by row: the same command goes
+on where it was stopped, and tries again what failed.
 """
 
 import argparse
+import hashlib
+import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,25 +28,31 @@ from tqdm import tqdm
 
 from benchmarks import models, random_checkpoints, strategies
 from helpers import charts, cpu_backend, measure, quality
-from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT, Checkpoint, cache_folder, check_versions, find_fault
+from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT, Checkpoint, cache_folder, check_versions
 from helpers.errors import TutorialError
 
 RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
 REFERENCE = strategies.COMBINATIONS[0]
 COLUMNS = {
-    "name": "", "load_s": ".1f", "first_call_s": ".1f", "latency_s": ".2f", "spread_s": ".2f", "step_ms": ".0f",
+    "load_s": ".1f", "first_call_s": ".1f", "latency_s": ".2f", "spread_s": ".2f", "step_ms": ".0f",
     "load_peak_gb": ".2f", "run_peak_gb": ".2f", "peak_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
 }  # fmt: skip
+NAME_WIDTH = max(map(len, strategies.COMBINATIONS))
 SETTINGS = ("height", "width", "num_frames", "num_inference_steps")
 PROMPT = "a lighthouse on a cliff in a storm"
+Image.MAX_IMAGE_PIXELS = None  # the frames of a video in a row are a large picture, and our own
 
 
 def main() -> None:
     """Reads the command line, measures, prints a table and writes the JSON file and a chart."""
     args = parse()
+    sys.stdout.reconfigure(line_buffering=True)  # each row shows at once in a file or a pipe, too
     if args.list:
         print("\n".join(strategies.COMBINATIONS))
         return
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)  # as Ctrl-C: it ends the other process too
     try:
         check_versions()
         cpu_backend.enable()
@@ -96,42 +107,46 @@ def run(args: argparse.Namespace) -> None:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     checkpoint = choose_checkpoint(args)
     model = models.find_model(checkpoint.path)
-    file = args.results / f"{checkpoint.model}-{checkpoint.size}_{slug(measure.device_name())}.json"
+    size = "" if checkpoint.size == "given" else f"-{checkpoint.size}"
+    file = args.results / f"{checkpoint.model}{size}_{slug(measure.device_name())}.json"
     print(f"{args.checkpoint}\n{models.describe(model)}\nresults: {file}\n")
-    rows = read_rows(file, checkpoint, args)
-    known = {row.name for row in rows}
-    pictures = cache_folder() / "pictures" / file.stem
+    rows = read_rows(file, checkpoint, names, args)
+    todo = [name for name in names if name not in {row.name for row in rows}]
+    pictures = cache_folder() / "pictures" / f"{file.stem}-{digest(str(file.resolve()))}"
     for folder in (args.results, pictures):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TutorialError(f"{folder} cannot be written ({error.strerror}): name another folder.") from None
-    for name in tqdm([name for name in names if name not in known], desc="combinations", unit="combination"):
-        tqdm.write(f"{name} ...")
-        row = measure_one(name, checkpoint, model, args, pictures)
-        rows = sorted([*rows, row], key=lambda row: strategies.COMBINATIONS.index(row.name))
+    print(heading())
+    for row in rows:
+        print(line(row))
+    saved, fault = "", ""
+    bar = tqdm(todo, unit="combination", disable=None)  # a terminal shows it, a file does not
+    for name in bar:
+        bar.set_description(name)
+        if name.startswith("saved nf4") and not saved and not fault:
+            saved, fault = ensure_saved(model)
+        row = measure_one(name, checkpoint, replace(model, saved=saved), fault, args, pictures)
+        row = compare(row, rows, pictures)
+        rows = sorted([*rows, row], key=lambda row: rank(row.name))
         save(rows, file)
-        tqdm.write(row.failure or describe(row))
-    report(rows, file)
+        tqdm.write(line(row))
+    draw_chart(rows, file)
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the command line names, with its settings; a random one is built if it is not there."""
-    known = {entry.path: entry for entry in CHECKPOINTS.values()}
-    entry = known.get(args.checkpoint)
-    if entry is not None:
-        path = entry.path
-        if entry.size == "pocket":
-            path = str(PACKAGE_ROOT / "checkpoints" / entry.path)
-        elif entry.size == "random":
-            path = str(cache_folder() / entry.path)
-            if find_fault(Path(path)) is not None:
-                print(f"{entry.path} is built first, once.")
-                random_checkpoints.build(entry.model)
-        checkpoint = replace(entry, path=path)
+    entry = {entry.path: entry for entry in CHECKPOINTS.values()}.get(args.checkpoint)
+    if entry is not None and entry.size == "pocket":
+        checkpoint = replace(entry, path=str(PACKAGE_ROOT / "checkpoints" / entry.path))
+    elif entry is not None and entry.size == "random":
+        checkpoint = replace(entry, path=str(random_checkpoints.build(entry.model)))
+    elif entry is not None:
+        checkpoint = entry
     else:
         checkpoint = Checkpoint(
-            model=slug(Path(args.checkpoint).name),
+            model=unique_name(args.checkpoint),
             size="given",
             path=args.checkpoint,
             prompts=(PROMPT,),
@@ -149,100 +164,113 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     for name, value in asked.items():
         if name in SETTINGS and value is not None and name not in parameters:
             raise TutorialError(f"{args.checkpoint} does not take {name}: leave the option out.")
-    if checkpoint.num_inference_steps is None:
+    if checkpoint.num_inference_steps is None and "num_inference_steps" in parameters:
         checkpoint = replace(checkpoint, num_inference_steps=parameters["num_inference_steps"].default)
     return checkpoint
 
 
-def read_rows(file: Path, checkpoint: Checkpoint, args: argparse.Namespace) -> list[measure.Measurement]:
-    """The rows of an earlier run that still hold: same settings, same versions. Failed ones are tried again.
+def read_rows(
+    file: Path, checkpoint: Checkpoint, names: list[str], args: argparse.Namespace
+) -> list[measure.Measurement]:
+    """The rows of an earlier run that stay: not those of `names` that failed, and with --again none of `names`.
 
     Raises:
         TutorialError: the file holds rows of other settings or versions.
     """
-    if args.again or not file.exists():
+    if not file.exists():
         return []
     try:
         rows = measure.load_measurements(file)
-    except ValueError:
+    except (OSError, ValueError, TypeError, AttributeError):
         raise TutorialError(f"{file} cannot be read: delete it, or use another --results folder.") from None
-    now = measure.environment() | {"steps": checkpoint.num_inference_steps, "seed": checkpoint.seed}
-    now |= {"repeats": args.repeats, "warmups": args.warmups}
-    for name in ("height", "width"):
-        if getattr(checkpoint, name) is not None:
-            now[name] = getattr(checkpoint, name)
-    if checkpoint.num_frames is not None:
-        now["frames"] = checkpoint.num_frames
+    rows = [row for row in rows if row.name not in names or (row.failure is None and not args.again)]
+    own = measure.environment() | {"seed": checkpoint.seed, "repeats": args.repeats, "warmups": args.warmups}
+    now = own | checkpoint.call_arguments
     for row in rows:
-        differing = [name for name, value in now.items() if row.failure is None and getattr(row, name) != value]
+        then = {name: getattr(row, name) for name in own} | (row.call or {})
+        differing = [name for name in now | then if now.get(name) != then.get(name)]
         if differing:
+            name = differing[0]
             raise TutorialError(
-                f"{file} holds results with another {differing[0]} ({getattr(row, differing[0])}, now "
-                f"{now[differing[0]]}): measure anew with --again, or use another --results folder."
+                f"{file} holds results with another {name} ({then.get(name)}, now {now.get(name)}): measure all "
+                "of them anew with --again, or use another --results folder."
             )
-    return [row for row in rows if row.failure is None]
+    return rows
 
 
 def measure_one(
-    name: str, checkpoint: Checkpoint, model: models.Model, args: argparse.Namespace, pictures: Path
+    name: str, checkpoint: Checkpoint, model: models.Model, fault: str, args: argparse.Namespace, pictures: Path
 ) -> measure.Measurement:
-    """The row of one combination; what goes wrong in it becomes its `failure`."""
-    picture = pictures / f"{slug(name)}.png"
+    """The row of one combination; what goes wrong in it becomes its `failure`. `fault`: why there is no saved nf4."""
     try:
         if model.is_quantized() and not name.startswith("saved nf4"):
-            raise TutorialError("The weights are 4-bit already: only the combinations of saved nf4 can use them.")
-        if name.startswith("saved nf4"):
-            model = replace(model, saved=model.path if model.is_quantized() else ensure_saved(model))
-        row = measure.measure_in_fresh_process(
-            "benchmarks.strategies:assemble",
-            checkpoint,
-            name,
-            {"name": name, "model": models.as_json(asdict(model))},
-            args.repeats,
-            args.warmups,
-            picture=picture,
-            timeout_s=args.timeout,
-        )
+            raise TutorialError("The weights are quantized already: only the combinations of saved nf4 can use them.")
+        if name.startswith("saved nf4") and fault:
+            raise TutorialError(fault)
+        with tempfile.TemporaryDirectory() as compiled:
+            # What one combination compiled must not shorten the first call of the next.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+            return measure.measure_in_fresh_process(
+                "benchmarks.strategies:assemble",
+                checkpoint,
+                name,
+                {"name": name, "model": models.as_json(asdict(model))},
+                args.repeats,
+                args.warmups,
+                picture=pictures / f"{slug(name)}.png",
+                timeout_s=args.timeout,
+            )
+    except OSError as error:
+        failure = f"{name} has no folder to compile in ({error.strerror}): free some space, or set TMPDIR."
     except TutorialError as error:
-        return replace(
-            measure.measurement(name, checkpoint), repeats=args.repeats, warmups=args.warmups, failure=str(error)
-        )
-    reference = pictures / f"{slug(REFERENCE)}.png"
-    if reference.exists():
-        with Image.open(picture) as drawn, Image.open(reference) as wanted:
-            row = replace(row, distance=round(quality.image_distance(np.asarray(drawn), np.asarray(wanted)), 4))
-    return row
+        failure = str(error)
+    return replace(measure.measurement(name, checkpoint), repeats=args.repeats, warmups=args.warmups, failure=failure)
 
 
-def ensure_saved(model: models.Model) -> str:
-    """Folder of the checkpoint with nf4 weights, in the cache folder; written once, from a process of its own.
+def compare(row: measure.Measurement, rows: list[measure.Measurement], pictures: Path) -> measure.Measurement:
+    """The row with the `distance` of its picture to that of the first combination, where both were drawn."""
+    drawn = [entry.name for entry in (*rows, row) if entry.failure is None]
+    files = [pictures / f"{slug(name)}.png" for name in (row.name, REFERENCE)]
+    if row.name not in drawn or REFERENCE not in drawn or not all(file.exists() for file in files):
+        return row
+    with Image.open(files[0]) as picture, Image.open(files[1]) as reference:
+        return replace(row, distance=round(quality.image_distance(np.asarray(picture), np.asarray(reference)), 4))
 
-    Raises:
-        TutorialError: the disk is too small, or quantizing failed.
+
+def ensure_saved(model: models.Model) -> tuple[str, str]:
+    """Folder of the checkpoint with nf4 weights, in the cache folder, and ""; or "" and why there is none.
+
+    It is written once, from a process of its own, and anew when the files of the checkpoint have changed.
     """
-    place = Path(model.path)
-    folder = cache_folder() / "saved-nf4" / slug(str(place.resolve()) if place.exists() else model.path)
-    if folder.is_dir() and find_fault(folder) is None:
-        return str(folder)
+    if model.is_quantized():
+        return model.path, ""
+    changed = max((file.stat().st_mtime_ns for file in Path(model.path).glob("*/*")), default=0)
+    state = digest(f"{Path(model.path).resolve()} {model.sizes} {model.quantized} {changed}")
+    folder = cache_folder() / "saved-nf4" / f"{slug(Path(model.path).name)[:80]}-{state}"
+    if folder.is_dir():
+        return str(folder), ""
     part = folder.with_name(folder.name + ".part")
-    for leftover in (part, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)
     # 4.5 bits of 16 in the quantized components, and some layers that stay as they are.
     needed = sum(size * (0.4 if name in model.quantized else 1) for name, size in model.sizes.items()) / 1e9
-    free = shutil.disk_usage(part.parent).free / 1e9
-    if free < needed:
-        raise TutorialError(
-            f"The saved nf4 weights need {needed:.1f} GB of disk and {part.parent} has {free:.1f} GB free: free some "
-            "space or set TUTORIAL_CACHE to a folder on a larger disk."
-        )
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(part.parent).free / 1e9
+        if free < needed:
+            return "", (
+                f"The saved nf4 weights need {needed:.1f} GB of disk and {part.parent} has {free:.1f} GB free: free "
+                "some space or set TUTORIAL_CACHE to a folder on a larger disk."
+            )
         job = {"model": models.as_json(asdict(model)), "folder": str(part)}
         measure.run_in_fresh_process("benchmarks.strategies:save_nf4", job)
-        part.rename(folder)
+        part.rename(folder)  # in one go: what has this name is whole
+    except OSError as error:
+        return "", f"{folder} cannot be written ({error.strerror}): set TUTORIAL_CACHE to another folder."
+    except TutorialError as error:
+        return "", str(error)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return str(folder)
+    return str(folder), ""
 
 
 def save(rows: list[measure.Measurement], file: Path) -> None:
@@ -257,29 +285,60 @@ def save(rows: list[measure.Measurement], file: Path) -> None:
         raise TutorialError(f"{file} cannot be written ({error.strerror}): free some space and run again.") from None
 
 
-def describe(row: measure.Measurement) -> str:
-    """One line of figures."""
-    figures = [f"load {row.load_s:.1f} s", f"first call {row.first_call_s:.1f} s", f"latency {row.latency_s:.2f} s"]
-    figures += [f"step {row.step_ms:.0f} ms"] if row.step_ms is not None else []
-    figures += [f"peak {row.peak_gb:.2f} GB"] if row.peak_gb is not None else []
-    return "  " + ", ".join(figures)
+def heading() -> str:
+    """The first line of the table."""
+    return "  ".join(["name".ljust(NAME_WIDTH), *COLUMNS])
 
 
-def report(rows: list[measure.Measurement], file: Path) -> None:
-    """Prints the table of all rows and what failed, and draws the chart beside the JSON file."""
+def line(row: measure.Measurement) -> str:
+    """One line of the table."""
+    if row.failure is not None:
+        return f"{row.name:{NAME_WIDTH}}  failed: {row.failure}"
+    figures = {column: getattr(row, column) for column in COLUMNS}
+    cells = [charts.MISSING if value is None else format(value, COLUMNS[name]) for name, value in figures.items()]
+    return "  ".join(
+        [row.name.ljust(NAME_WIDTH), *(cell.rjust(len(name)) for name, cell in zip(COLUMNS, cells, strict=True))]
+    )
+
+
+def draw_chart(rows: list[measure.Measurement], file: Path) -> None:
+    """Draws the rows that were measured, beside the JSON file.
+
+    Raises:
+        TutorialError: the disk is full, or the file cannot be written.
+    """
     measured = [row for row in rows if row.failure is None]
-    print()
-    print(charts.table(measured, COLUMNS))
-    for row in rows:
-        if row.failure:
-            print(f"failed: {row.name}: {row.failure}")
-    if measured:
-        memory = "footprint_gb" if measured[0].peak_gb is None else "peak_gb"
-        label = "weights (GB)" if measured[0].peak_gb is None else "memory the accelerator must have (GB)"
-        title = f"{measured[0].model} ({measured[0].checkpoint_size}) on {measured[0].device}"
-        chart = charts.latency_memory_chart(measured, memory=memory, memory_label=label, title=title)
+    if not measured:
+        print("Nothing was measured: there is no chart.")
+        return
+    memory = "footprint_gb" if measured[0].peak_gb is None else "peak_gb"
+    label = "weights (GB)" if measured[0].peak_gb is None else "memory the accelerator must have (GB)"
+    title = f"{measured[0].model} ({measured[0].checkpoint_size}) on {measured[0].device}"
+    chart = charts.latency_memory_chart(measured, memory=memory, memory_label=label, title=title)
+    try:
         chart.savefig(file.with_suffix(".png"))
-        print(f"chart: {file.with_suffix('.png')}")
+    except OSError as error:
+        raise TutorialError(
+            f"{file.with_suffix('.png')} cannot be written ({error.strerror}): free some space."
+        ) from None
+    print(f"chart: {file.with_suffix('.png')}")
+
+
+def rank(name: str) -> int:
+    """Place of a combination in the table; last for one that an older version measured."""
+    names = list(strategies.COMBINATIONS)
+    return names.index(name) if name in names else len(names)
+
+
+def unique_name(path: str) -> str:
+    """Name of a checkpoint in file names: its repository id, or the name of its folder and which folder that is."""
+    folder = Path(path)
+    return f"{slug(folder.resolve().name)[:80]}-{digest(str(folder.resolve()))}" if folder.exists() else slug(path)
+
+
+def digest(text: str) -> str:
+    """Eight characters that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def slug(text: str) -> str:

@@ -12,6 +12,7 @@ import gc
 import inspect
 import json
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -262,7 +263,7 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
     The first call, compilation included, gives `first_call_s`; the `warmups` after it count for nothing; `latency_s`
     is the median of the `repeats`. The peaks are over all of them. With `pipeline`, the same calls also give `step_ms`,
     the median time from the end of one denoising step to the end of the next in the repeats; None with fewer than two
-    steps.
+    steps, or with no scheduler.
 
     Raises:
         ValueError: `repeats` is below 1.
@@ -305,7 +306,10 @@ def _record_steps(pipeline: Any | None) -> Iterator[list[float]]:
     if pipeline is None:
         yield intervals
         return
-    scheduler = pipeline.scheduler
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not hasattr(scheduler, "step"):
+        yield intervals
+        return
     device = accelerator()
     marks = []
 
@@ -347,6 +351,7 @@ class Measurement:
         footprint_gb: bytes of all weights, wherever they are.
         device to date: where, with what and on what this was measured.
         warmups, latencies_s: calls after the first that count for nothing; seconds of each of the `repeats` after them.
+        call: what the pipeline was called with: the prompt, and the settings that were not left to it.
         distance: `helpers.quality` distance of its picture to the one that it is compared with, in levels of 0 to 255.
         failure: why there are no figures, in one sentence; None if it ran.
         source: where a figure that was not measured here is published.
@@ -378,6 +383,7 @@ class Measurement:
     date: str | None = None
     warmups: int | None = None
     latencies_s: tuple[float, ...] | None = None
+    call: dict[str, Any] | None = None
     distance: float | None = None
     failure: str | None = None
     source: str | None = None
@@ -440,6 +446,7 @@ def measurement(
         "steps": checkpoint.num_inference_steps,
         "frames": checkpoint.num_frames,
         "seed": checkpoint.seed,
+        "call": checkpoint.call_arguments,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
     if load is not None:
@@ -458,8 +465,11 @@ def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> 
     """Write measurements to a JSON file, one object each."""
     text = json.dumps([entry.to_dict() for entry in measurements], indent=2)
     part = Path(path).with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)  # in one go: a stop half-way loses nothing
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)  # in one go: a stop half-way loses nothing
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_measurements(path: str | Path) -> list[Measurement]:
@@ -524,21 +534,25 @@ def run_in_fresh_process(
     """
     name = function if isinstance(function, str) else function.__name__
     job = {"arguments": arguments or {}, "sys_path": sys.path, **_locate(function)}
-    with tempfile.TemporaryDirectory() as folder:
-        job_file = Path(folder, "job.json")
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        result_file = Path(folder, "result.json")
-        script = Path(__file__).with_name("fresh_process.py")
-        command = [sys.executable, str(script), str(job_file), str(result_file)]
-        try:
-            process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            raise TutorialError(
-                f"{name} did not finish in {timeout_s:.0f} s in its own process: raise timeout_s, or use fewer steps."
-            ) from None
-        if process.returncode == 0:
-            result = json.loads(result_file.read_text(encoding="utf-8"))
-            return Measurement.from_dict(result["value"]) if result["is_measurement"] else result["value"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            job_file = Path(folder, "job.json")
+            job_file.write_text(json.dumps(job), encoding="utf-8")
+            result_file = Path(folder, "result.json")
+            script = Path(__file__).with_name("fresh_process.py")
+            command = [sys.executable, str(script), str(job_file), str(result_file)]
+            process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
+            if process.returncode == 0:
+                result = json.loads(result_file.read_text(encoding="utf-8"))
+                return Measurement.from_dict(result["value"]) if result["is_measurement"] else result["value"]
+    except subprocess.TimeoutExpired:
+        raise TutorialError(
+            f"{name} did not finish in {timeout_s:.0f} s in its own process: raise timeout_s, or use fewer steps."
+        ) from None
+    except OSError as error:
+        raise TutorialError(
+            f"{name} cannot have a process of its own ({error.strerror}): free some space and memory, or set TMPDIR."
+        ) from None
     print(process.stdout, end="")
     print(process.stderr, end="", file=sys.stderr)
     raise TutorialError(_explain_failure(name, process.returncode, process.stderr))
@@ -591,17 +605,32 @@ def _load_and_run(
         return pipeline(**call, generator=torch.Generator("cpu").manual_seed(settings.seed))
 
     run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
-    is_video = not hasattr(run.output, "images")
-    frames = [_as_picture(frame) for frame in (run.output.frames[0] if is_video else run.output.images[:1])]
+    kind = next((kind for kind in ("frames", "images", "image") if hasattr(run.output, kind)), None)
+    if kind is None:
+        raise TutorialError(f"{type(pipeline).__name__} returns neither images nor frames: measure another checkpoint.")
+    drawn = getattr(run.output, kind)
+    frames = [_as_picture(frame) for frame in (drawn[0] if kind == "frames" else drawn[:1])]
     if picture is not None:
         Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)).save(picture)
-    drawn = {"height": frames[0].height, "width": frames[0].width, "frames": len(frames) if is_video else None}
-    return measurement(name, settings, load_figures, run, pipeline, **drawn)
+    return measurement(
+        name,
+        settings,
+        load_figures,
+        run,
+        pipeline,
+        height=frames[0].height,
+        width=frames[0].width,
+        frames=len(frames) if kind == "frames" else None,
+        steps=call.get("num_inference_steps"),
+        call={key: value for key, value in call.items() if isinstance(value, (str, int, float))},
+    )
 
 
 def _as_picture(frame: Image.Image | np.ndarray) -> Image.Image:
     """A frame as a picture; video pipelines return arrays of floats in 0..1 or pictures."""
-    return frame if isinstance(frame, Image.Image) else Image.fromarray((255 * frame).round().astype(np.uint8))
+    if isinstance(frame, Image.Image):
+        return frame
+    return Image.fromarray((255 * np.nan_to_num(frame)).round().clip(0, 255).astype(np.uint8))
 
 
 def _locate(function: Callable[..., Any] | str) -> dict[str, str]:
@@ -630,11 +659,13 @@ def _explain_failure(name: str, returncode: int, stderr: str) -> str:
                 "programs or use a smaller checkpoint."
             )
         return f"{name} was stopped in its own process by {reason}: see the output above."
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit status {returncode}"
+    lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit status {returncode}"]
+    # The first line of the last error: its message may go on for many.
+    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
+    last = (errors or lines)[-1]
     prefix = f"{TutorialError.__module__}.{TutorialError.__name__}: "
     if last.startswith(prefix):
         return last.removeprefix(prefix)
-    if "OutOfMemoryError" in last:
+    if "OutOfMemoryError" in last or "CUDA error: out of memory" in last:
         return f"{name} ran out of accelerator memory in its own process ({_card()}): use a technique that needs less."
     return f"{name} failed in its own process: {last.rstrip('.')}; see the output above."

@@ -199,7 +199,7 @@ def test_measurement_says_what_where_and_on_what(bf16_pipeline):
     assert record.repeats == 3 and record.torch == torch.__version__
     total = sum(sum(sizes.values()) for sizes in measure.component_footprints(bf16_pipeline).values())
     assert record.footprint_gb == total / 1e9
-    optional = {"driver", "frames"}
+    optional = {"driver", "frames", "distance", "failure", "source"}
     assert {name for name, value in record.to_dict().items() if value is None} <= optional
 
 
