@@ -605,25 +605,23 @@ def _load_and_run(
         return pipeline(**call, generator=torch.Generator("cpu").manual_seed(settings.seed))
 
     run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
-    kind = next((kind for kind in ("frames", "images", "image") if hasattr(run.output, kind)), None)
+    drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
+    drawn["steps"] = call.get("num_inference_steps")
+    drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
+    return measurement(name, settings, load_figures, run, pipeline, **drawn)
+
+
+def _drawn(pipeline: Any, output: Any, picture: str | None) -> dict[str, int | None]:
+    """Height, width and frames of what a pipeline returned; the picture, or the frames in a row, go to a file."""
+    kind = next((kind for kind in ("frames", "images", "image") if hasattr(output, kind)), None)
     if kind is None:
         raise TutorialError(f"{type(pipeline).__name__} returns neither images nor frames: measure another checkpoint.")
-    drawn = getattr(run.output, kind)
+    drawn = getattr(output, kind)
     frames = [_as_picture(frame) for frame in (drawn[0] if kind == "frames" else drawn[:1])]
     if picture is not None:
         Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)).save(picture)
-    return measurement(
-        name,
-        settings,
-        load_figures,
-        run,
-        pipeline,
-        height=frames[0].height,
-        width=frames[0].width,
-        frames=len(frames) if kind == "frames" else None,
-        steps=call.get("num_inference_steps"),
-        call={key: value for key, value in call.items() if isinstance(value, (str, int, float))},
-    )
+    count = len(frames) if kind == "frames" else None
+    return {"height": frames[0].height, "width": frames[0].width, "frames": count}
 
 
 def _as_picture(frame: Image.Image | np.ndarray) -> Image.Image:
