@@ -155,7 +155,9 @@ def compile_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
     """The repeated blocks of each denoiser: one graph for all blocks of a kind."""
     torch._dynamo.config.cache_size_limit = 1000
     for name in model.denoisers:
-        getattr(pipeline, name).compile_repeated_blocks(fullgraph=True)
+        denoiser = getattr(pipeline, name)
+        denoiser._repeated_blocks = _repeated_blocks(denoiser)
+        denoiser.compile_repeated_blocks(fullgraph=True)
 
 
 def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
@@ -163,11 +165,19 @@ def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
     torch._dynamo.config.cache_size_limit = 1000
     for name in model.denoisers:
         denoiser = getattr(pipeline, name)
-        if not denoiser._repeated_blocks:
-            raise TutorialError(f"diffusers does not know the repeated blocks of a {type(denoiser).__name__}.")
+        blocks = _repeated_blocks(denoiser)
         for module in denoiser.modules():
-            if type(module).__name__ in denoiser._repeated_blocks:
+            if type(module).__name__ in blocks:
                 module.forward = torch.compile(module.forward, fullgraph=True)
+
+
+def _repeated_blocks(denoiser: torch.nn.Module) -> list[str]:
+    """Classes of the repeated blocks; where diffusers does not name them, those in the denoiser's own lists."""
+    lists = [child for child in denoiser.children() if isinstance(child, torch.nn.ModuleList)]
+    blocks = denoiser._repeated_blocks or sorted({type(block).__name__ for blocks in lists for block in blocks})
+    if not blocks:
+        raise TutorialError(f"A {type(denoiser).__name__} has no repeated blocks to compile.")
+    return list(blocks)
 
 
 # The recipes of the guide
