@@ -203,7 +203,7 @@ def measure_one(
 ) -> measure.Measurement:
     """The row of one combination; what goes wrong in it becomes its `failure`. `fault`: why there is no saved nf4."""
     try:
-        if model.is_quantized() and not name.startswith("saved nf4"):
+        if model.is_quantized and not name.startswith("saved nf4"):
             raise TutorialError("The weights are quantized already: only the combinations of saved nf4 can use them.")
         if name.startswith("saved nf4") and fault:
             raise TutorialError(fault)
@@ -242,7 +242,7 @@ def ensure_saved(model: models.Model) -> tuple[str, str]:
 
     It is written once, from a process of its own, and anew when the files of the checkpoint have changed.
     """
-    if model.is_quantized():
+    if model.is_quantized:
         return model.path, ""
     changed = max((file.stat().st_mtime_ns for file in Path(model.path).glob("*/*")), default=0)
     state = digest(f"{Path(model.path).resolve()} {model.sizes} {model.quantized} {changed}")

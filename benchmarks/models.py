@@ -33,6 +33,7 @@ class Model:
         quantized: the denoisers and the large text encoders.
         sizes: bytes of weights of each component on disk.
         variant: "fp16" where a component has no other weights, else None.
+        is_quantized: whether the checkpoint holds quantized weights already.
         saved: folder of the nf4 weights, or "" before they are written.
     """
 
@@ -43,16 +44,12 @@ class Model:
     quantized: tuple[str, ...]
     sizes: dict[str, int]
     variant: str | None = None
+    is_quantized: bool = False
     saved: str = ""
 
     def component_class(self, name: str) -> type:
         """Class of a component, from the pipeline's index."""
         return _component_class(*read_index(self.path)[name])
-
-    def is_quantized(self) -> bool:
-        """Whether the checkpoint holds quantized weights already."""
-        configs = (self.component_class(name).load_config(self.path, subfolder=name) for name in self.denoisers)
-        return any("quantization_config" in config for config in configs)
 
     def outside_blocks(self, denoiser: str) -> list[str]:
         """Names of a denoiser's own children that are not lists of blocks: embedders, last norm, projection."""
@@ -104,7 +101,12 @@ def find_model(path: str) -> Model:
         for name, cls in classes.items()
         if _is_diffusers_model(cls) and ("Autoencoder" in cls.__name__ or "VQ" in cls.__name__)
     )
-    return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant)
+    try:
+        configs = [classes[name].load_config(path, subfolder=name) for name in denoisers]
+    except OSError as error:
+        raise TutorialError(f"{path} is incomplete ({_first_line(error)}): restore it, or download it again.") from None
+    is_quantized = any("quantization_config" in config for config in configs)
+    return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant, is_quantized)
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -113,17 +115,22 @@ def read_index(path: str) -> dict[str, Any]:
     Raises:
         TutorialError: there is none, or it names no pipeline.
     """
+    if not path or (not Path(path).exists() and (path.count("/") != 1 or path.startswith(("/", ".", "~")))):
+        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
     try:
         index = DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as error:  # the errors of the Hub are among these
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise TutorialError(
-            f"{path} is no checkpoint of a diffusers pipeline ({reason}): give a folder with a model_index.json, or a "
-            "repository id such as stabilityai/stable-diffusion-3.5-medium."
+            f"{path} is no checkpoint of a diffusers pipeline ({_first_line(error)}): give a folder with a "
+            "model_index.json, or a repository id such as stabilityai/stable-diffusion-3.5-medium."
         ) from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise TutorialError(f"The model_index.json of {path} names no class of diffusers: give another checkpoint.")
     return index
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
