@@ -59,6 +59,8 @@ def main() -> None:
         run(args)
     except TutorialError as error:
         sys.exit(str(error))
+    except OSError as error:  # whatever else a full disk or a closed pipe stops
+        sys.exit(f"Stopped by the system ({error.strerror}): free some space; the same command goes on from here.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. What was measured is kept: the same command goes on from here.")
 

@@ -1,0 +1,404 @@
+"""The benchmark program, on tiny checkpoints of nine families."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+
+from benchmarks import __main__ as program
+from benchmarks import models, strategies
+from helpers import measure
+from helpers.errors import TutorialError
+
+ROOT = Path(__file__).resolve().parents[1]
+# denoisers, text encoders, what is quantized
+FOUND = {
+    "sd3": ("transformer", "text_encoder text_encoder_2 text_encoder_3", "transformer text_encoder_3"),
+    "sdxl": ("unet", "text_encoder text_encoder_2", "unet text_encoder text_encoder_2"),
+    "pixart": ("transformer", "text_encoder", "transformer text_encoder"),
+    "ltx": ("transformer", "text_encoder", "transformer text_encoder"),
+    "hunyuan-video": ("transformer", "text_encoder text_encoder_2", "transformer text_encoder"),
+    "qwen-image": ("transformer", "text_encoder", "transformer text_encoder"),
+    "flux2": ("transformer", "text_encoder", "transformer text_encoder"),
+    "lumina2": ("transformer", "text_encoder", "transformer text_encoder"),
+    "wan22": ("transformer transformer_2", "text_encoder", "transformer transformer_2 text_encoder"),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A function: the folder of a family's checkpoint, written at the first call."""
+    parent = tmp_path_factory.mktemp("families")
+
+    def folder(family: str) -> Path:
+        place = parent / family
+        return place if place.is_dir() else tiny_pipelines.save(family, place)
+
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache folder of the program, for one test."""
+    monkeypatch.setenv("TUTORIAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor")
+    )  # restored afterwards: the program sets it
+    return tmp_path / "cache"
+
+
+def draw(pipeline, family: str) -> torch.Tensor:
+    """What a pipeline draws in two steps."""
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        prompt="a lighthouse",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        **tiny_pipelines.CALLS[family],
+    )
+    return torch.tensor(output.frames if hasattr(output, "frames") else output.images)
+
+
+# What a checkpoint is made of
+
+
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_components_are_found(family, checkpoint):
+    model = models.find_model(str(checkpoint(family)))
+    denoisers, encoders, quantized = (tuple(names.split()) for names in FOUND[family])
+    assert (model.denoisers, model.quantized, model.vaes) == (denoisers, quantized, ("vae",))
+    assert set(model.text_encoders) == set(encoders)
+    assert all(model.sizes[name] > 10_000 for name in (*denoisers, *encoders, "vae"))
+    assert (model.variant, model.is_quantized, model.saved) == (None, False, "")
+
+
+def test_weights_in_the_fp16_variant_only(checkpoint, tmp_path):
+    tiny_pipelines.build("sdxl").save_pretrained(tmp_path, variant="fp16")
+    vae = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    vae.rename(vae.with_name("diffusion_pytorch_model.safetensors"))  # a mixture is what is on the Hub
+    model = models.find_model(str(tmp_path))
+    assert model.variant == "fp16" and model.sizes == models.find_model(str(checkpoint("sdxl"))).sizes
+    assert strategies.load_bf16(model).unet.dtype == torch.bfloat16
+
+
+# The strategies
+
+
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_strategies_draw_the_same(family, checkpoint, tmp_path):
+    model = models.find_model(str(checkpoint(family)))
+    strategies.save_nf4(asdict(model), str(tmp_path))
+    arguments = asdict(replace(model, saved=str(tmp_path)))
+
+    def run(name: str) -> tuple[torch.Tensor, set[str]]:
+        pipeline = strategies.assemble(name, arguments)
+        sizes = measure.component_footprints(pipeline)
+        return draw(pipeline, family), {part for part in sizes if "nf4" in sizes[part]}
+
+    reference, nf4 = run("bf16, resident, eager")
+    assert reference.isfinite().all() and nf4 == set()
+    quantized, nf4 = run("nf4, resident, eager")
+    assert nf4 == set(model.quantized) and 0 < (quantized - reference).abs().mean() < 0.1
+    torch.testing.assert_close(run("nf4, model offload, eager")[0], quantized)
+    leaves, nf4 = run("saved nf4, leaf group offload, eager")
+    assert nf4 == set(model.quantized) and 0 < (leaves - reference).abs().mean() < 0.1
+    torch.testing.assert_close(run("saved nf4, block group offload, eager")[0], leaves)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only
+def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
+    compiled = []
+
+    def compile_cheaply(function, **settings):
+        compiled.append(type(function.__self__).__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_cheaply)
+    model = models.find_model(str(checkpoint(family)))
+    expected = {
+        "sd3": 2 * ["JointTransformerBlock"],
+        "sdxl": 4 * ["BasicTransformerBlock"],
+        "wan22": 4 * ["WanTransformerBlock"],
+    }
+    for compilation in (strategies.compile_blocks, strategies.compile_inside):
+        compiled.clear()
+        compilation(strategies.load_bf16(model), model)
+        assert compiled == expected[family]
+
+
+def test_combinations_are_made_of_strategies():
+    for name in strategies.COMBINATIONS:
+        if name not in strategies.RECIPES:
+            start, placement, compilation = name.split(", ")
+            assert start in strategies.STARTS and placement in strategies.PLACEMENTS
+            assert compilation in strategies.COMPILATIONS
+
+
+# The program, with the other process replaced
+
+
+def run(monkeypatch, *options: str) -> str:
+    """Runs the program in this process. Returns what it exits with, or ""."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, options)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        program.main()
+    except SystemExit as end:
+        return str(end.code)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ""
+
+
+class Processes:
+    """Takes the place of the processes: remembers what it was asked to measure, and fails where it is told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.measured = []
+        self.failures = {}
+        monkeypatch.setattr(measure, "measure_in_fresh_process", self.measure)
+        monkeypatch.setattr(measure, "run_in_fresh_process", self.save)
+
+    def measure(self, load, checkpoint, name, arguments, repeats, warmups, picture, timeout_s):
+        self.measured.append(name)
+        if name in self.failures:
+            self.failures[name]()
+        Image.new("RGB", (8, 8), (len(self.measured), 0, 0)).save(picture)
+        figures = {"load_s": 1.0, "first_call_s": 9.0, "latency_s": 2.0, "footprint_gb": 0.1, "host_peak_gb": 0.5}
+        times = {"latencies_s": (2.0,) * repeats, "repeats": repeats, "warmups": warmups}
+        return replace(measure.measurement(name, checkpoint), **figures, **times)
+
+    def save(self, function, arguments):
+        self.measured.append("save")
+        Path(arguments["folder"]).mkdir()
+        if "save" in self.failures:
+            self.failures["save"]()
+
+
+@pytest.fixture
+def processes(monkeypatch, cache) -> Processes:
+    return Processes(monkeypatch)
+
+
+def results(folder: Path) -> dict[str, measure.Measurement]:
+    """The rows of the one JSON file in `folder`."""
+    (file,) = folder.glob("*.json")
+    return {row.name: row for row in measure.load_measurements(file)}
+
+
+def out_of_memory():
+    raise TutorialError("The accelerator is out of memory: use less.")
+
+
+def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, processes, monkeypatch, tmp_path, capsys):
+    processes.failures = {"bf16, resident, eager": out_of_memory, "save": out_of_memory}
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
+    assert run(monkeypatch, *options) == ""
+    rows = results(tmp_path / "r")
+    assert list(rows) == [name for name in strategies.COMBINATIONS if "eager" in name]
+    failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
+    assert failed == {name for name in rows if name.startswith(("bf16", "saved"))}
+    assert processes.measured.count("save") == 1  # not once for each combination
+    assert list((tmp_path / "cache" / "saved-nf4").iterdir()) == []
+    printed = capsys.readouterr().out
+    assert printed.count("out of memory") == len(failed) and "nf4, resident, eager" in printed
+    assert (tmp_path / "r").joinpath(next((tmp_path / "r").glob("*.json")).with_suffix(".png")).exists()
+
+    # The same command tries again what failed, and nothing else.
+    processes.failures, processes.measured = {}, []
+    assert run(monkeypatch, *options) == ""
+    assert set(processes.measured) == {"save", *failed}
+    assert all(row.failure is None for row in results(tmp_path / "r").values())
+    distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
+    assert distances["bf16, resident, eager"] == 0 and distances["saved nf4, leaf group offload, eager"] > 0
+
+
+def test_what_was_measured_is_not_measured_again(checkpoint, processes, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--height", "30")
+    assert run(monkeypatch, *options, "--only", "bf16, resident") == ""
+    assert run(monkeypatch, *options, "--only", "bf16") == ""
+    assert len(processes.measured) == len(set(processes.measured)) == 4
+    before = (tmp_path / "r").joinpath(*results(tmp_path / "r")).parent, results(tmp_path / "r")
+
+    for other in (["--steps", "7"], ["--prompt", "a fox"], ["--repeats", "2"], ["--warmups", "1"], ["--width", "64"]):
+        sentence = run(monkeypatch, *options, "--only", "bf16", *other)
+        assert "another" in sentence and "--again" in sentence and "\n" not in sentence
+    assert "another height (30, now None)" in run(monkeypatch, *options[:4], "--only", "bf16")
+    assert "another" in run(monkeypatch, *options, "--only", "recipe 1", "--steps", "7", "--again")  # would mix
+    assert results(tmp_path / "r") == before[1] and len(processes.measured) == 4
+
+    assert run(monkeypatch, *options, "--only", "bf16, resident, eager", "--again") == ""
+    assert processes.measured[4:] == ["bf16, resident, eager"] and len(results(tmp_path / "r")) == 4
+    assert run(monkeypatch, *options, "--only", "bf16", "--again", "--steps", "7") == ""
+    assert {row.steps for row in results(tmp_path / "r").values()} == {7}
+
+
+def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, processes, monkeypatch, tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "sd3").symlink_to(checkpoint("sd3" if parent == "a" else "sdxl"))
+        options = ("--checkpoint", tmp_path / parent / "sd3", "--results", tmp_path / "r")
+        assert run(monkeypatch, *options, "--only", "bf16, resident, eager") == ""
+    assert len(list((tmp_path / "r").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("at", ["save", "saved nf4, leaf group offload, eager"])
+def test_a_stop_keeps_what_was_measured(stop, at, checkpoint, processes, monkeypatch, tmp_path):
+    processes.failures = {at: lambda: (os.kill(os.getpid(), getattr(signal, stop)), time.sleep(5))}
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
+    assert "Stopped" in run(monkeypatch, *options)
+    assert list(results(tmp_path / "r")) == [
+        "bf16, resident, eager",
+        "nf4, resident, eager",
+        "nf4, model offload, eager",
+    ]
+    assert len(list((tmp_path / "cache" / "saved-nf4").iterdir())) == (0 if at == "save" else 1)
+    processes.failures, processes.measured = {}, []
+    assert run(monkeypatch, *options) == ""
+    assert ("save" in processes.measured) == (at == "save")
+    assert len(results(tmp_path / "r")) == 5
+
+
+def test_half_saved_weights_are_never_used(checkpoint, processes, tmp_path, cache):
+    model = models.find_model(str(checkpoint("sd3")))
+    folder = Path(program.ensure_saved(model)[0])
+    assert program.ensure_saved(model) == (str(folder), "") and processes.measured == ["save"]
+    part = folder.rename(folder.with_name(folder.name + ".part"))  # as kill -9 leaves it
+    (part / "half").touch()
+    assert program.ensure_saved(model) == (str(folder), "") and processes.measured == ["save", "save"]
+    assert not (folder / "half").exists() and not part.exists()
+
+
+def test_disk_that_is_too_small(checkpoint, processes, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(program.shutil, "disk_usage", lambda path: usage(1, 1, 0))
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "leaf group offload, eager")
+    assert run(monkeypatch, *options) == ""
+    (row,) = results(tmp_path / "r").values()
+    assert "has 0.0 GB free: free some space" in row.failure and processes.measured == []
+
+
+def test_disk_that_fills(checkpoint, processes, monkeypatch, tmp_path, capsys):  # capsys: output to no file
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "bf16, resident, eager") == ""
+    before = results(tmp_path / "r")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # each file ends there with an error, as on a full disk
+    try:
+        sentence = run(monkeypatch, *options, "eager")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in sentence and "\n" not in sentence
+    assert results(tmp_path / "r") == before
+    assert {file.suffix for file in (tmp_path / "r").iterdir()} == {".json", ".png"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (None, "no file named model_index.json"),
+        ("{", "no checkpoint"),
+        ("{}", "names no class"),
+        ('{"_class_name": "NoSuchPipeline"}', "does not have"),
+        ('{"_class_name": "StableVideoDiffusionPipeline", "unet": ["diffusers", "UNet2DModel"]}', "takes no prompt"),
+        ('{"_class_name": "WanImageToVideoPipeline"}', r"more than a prompt \(image\)"),
+        ('{"_class_name": "SanaPipeline", "transformer": [null, null]}', "no transformer and no UNet"),
+        ('{"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}', "is incomplete"),
+    ],
+)
+def test_folder_that_is_no_such_checkpoint(index, expected, processes, monkeypatch, tmp_path):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    sentence = run(monkeypatch, "--checkpoint", tmp_path, "--results", tmp_path / "r")
+    assert re.search(expected, sentence) and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--checkpoint", "/no/such/folder"], "There is no folder"),
+        (["--only", "nothing"], "No combination contains nothing"),
+        (["--frames", "5"], "does not take num_frames"),
+        (["--results", __file__], "cannot be written"),
+    ],
+)
+def test_options_that_cannot_be(options, expected, checkpoint, processes, monkeypatch, tmp_path):
+    sentence = run(monkeypatch, "--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", *options)
+    assert expected in sentence and "\n" not in sentence and processes.measured == []
+
+
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--repeats", "0"], ["--warmups", "-1"], ["--height", "x"]])
+def test_numbers_that_cannot_be(options, monkeypatch, capsys):
+    assert run(monkeypatch, *options) == "2"
+    assert "is not a whole number from" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_read(checkpoint, processes, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path, "--only", "bf16, resident, eager")
+    assert run(monkeypatch, *options) == ""
+    (file,) = tmp_path.glob("*.json")
+    for text in ("", "[1]", "{}x", '["a"]'):
+        file.write_text(text)
+        assert "cannot be read" in run(monkeypatch, *options)
+
+
+# The program, for true
+
+
+def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
+    options = [
+        "--checkpoint",
+        str(checkpoint("ltx")),
+        "--results",
+        str(tmp_path / "r"),
+        "--repeats",
+        "1",
+        "--steps",
+        "2",
+    ]
+    options += ["--height", "32", "--width", "32", "--frames", "9"]
+    command = [sys.executable, "-m", "benchmarks", *options, "--only", "resident, eager"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # After the first row, in the middle of the second combination.
+    while "bf16, resident, eager " not in (printed := process.stdout.readline()):
+        assert printed, "the program ended early"
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert children
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert list(results(tmp_path / "r")) == ["bf16, resident, eager"]
+
+    capsys.readouterr()
+    chosen = ["--only", "bf16, resident, eager", "block group offload, eager"]
+    assert run(monkeypatch, *options, *chosen) == ""
+    first, second = results(tmp_path / "r").values()
+    assert (second.name, second.failure) == ("saved nf4, block group offload, eager", None)
+    assert (second.height, second.width, second.frames, second.steps) == (32, 32, 9, 2)
+    assert first.distance == 0 and 0 < second.distance < 25 and second.spread_s == 0
+    values = json.loads(next((tmp_path / "r").glob("*.json")).read_text())[1]
+    optional = {"driver", "failure", "source"} | ({"load_peak_gb", "run_peak_gb"} if second.peak_gb is None else set())
+    assert {name for name, value in values.items() if value is None} <= optional
+    assert values["call"]["prompt"] == program.PROMPT

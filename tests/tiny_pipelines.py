@@ -1,0 +1,367 @@
+"""Tiny pipelines of many families with random weights, for tests: seconds to build, about a second to call on a CPU.
+
+`FAMILIES` maps a name to a function that builds the pipeline; `CALLS` has the arguments that keep a call small. Nothing
+here needs the network.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WIDTH = 64  # every inner dimension is a multiple of 64, the nf4 block
+HEAD = 32
+ROPE = (8, 12, 12)  # adds up to HEAD
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+VOCABULARY = 128
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CALLS = {
+    "sd3": {"height": 32, "width": 32},
+    "sdxl": {"height": 32, "width": 32},
+    "pixart": {"height": 256, "width": 256},
+    "ltx": {"height": 32, "width": 32, "num_frames": 9},
+    "hunyuan-video": {"height": 32, "width": 32, "num_frames": 5},
+    "qwen-image": {"height": 32, "width": 32},
+    "flux2": {"height": 32, "width": 32},
+    "lumina2": {"height": 32, "width": 32},
+    "wan22": {"height": 32, "width": 32, "num_frames": 5},
+}
+
+
+def tokenizer(max_length: int = 77) -> PreTrainedTokenizerFast:
+    """One token for each character: long templates stay long, as some pipelines cut their start off."""
+    tokens = [*SPECIAL.values(), *(chr(code) for code in range(32, 127))]
+    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        model_max_length=max_length,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        **SPECIAL,
+    )
+
+
+def clip(projection: bool = True) -> transformers.PreTrainedModel:
+    """A CLIP text encoder, with or without its projection."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        **IDS,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+
+
+def t5(width: int = WIDTH) -> transformers.T5EncoderModel:
+    """A T5 text encoder."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=width, d_kv=32, d_ff=4 * WIDTH, num_layers=4, num_heads=2, is_gated_act=True
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def decoder(config_class: type, **changes) -> transformers.PretrainedConfig:
+    """Configuration of a small language model."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4, "head_dim": HEAD}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    return config_class(**(sizes | heads | IDS | changes))
+
+
+def autoencoder(latent_channels: int, blocks: int = 2) -> AutoencoderKL:
+    """The image autoencoder of most families; each block after the first halves the picture."""
+    return AutoencoderKL(
+        block_out_channels=(16,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=32,
+        shift_factor=0.1,
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3: two CLIPs and a T5."""
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            num_layers=2,
+            attention_head_dim=HEAD,
+            num_attention_heads=2,
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(16),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(2 * WIDTH),
+        tokenizer_3=tokenizer(),
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL: a UNet and two CLIPs."""
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip(projection=False),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(WIDTH, 2 * WIDTH),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=6 * 32 + WIDTH,
+            cross_attention_dim=2 * WIDTH,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def pixart() -> PixArtSigmaPipeline:
+    """PixArt-Sigma: a T5 alone. It draws at sizes of its own, 256 x 256 here."""
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=t5(),
+        vae=autoencoder(4, blocks=4),
+        transformer=PixArtTransformer2DModel(
+            sample_size=32,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=HEAD,
+            cross_attention_dim=WIDTH,
+            caption_channels=WIDTH,
+            use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def ltx() -> LTXPipeline:
+    """LTX-Video."""
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=WIDTH,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=2,
+        ),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=WIDTH,
+            out_channels=WIDTH,
+            num_attention_heads=2,
+            attention_head_dim=HEAD,
+            cross_attention_dim=WIDTH,
+            num_layers=2,
+            caption_channels=WIDTH,
+        ),
+    )
+
+
+def hunyuan_video() -> HunyuanVideoPipeline:
+    """HunyuanVideo: a Llama and a CLIP."""
+    return HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(decoder(transformers.LlamaConfig)),
+        tokenizer=tokenizer(),
+        transformer=HunyuanVideoTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=HEAD,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            rope_axes_dim=ROPE,
+        ),
+        vae=AutoencoderKLHunyuanVideo(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder_2=clip(projection=False),
+        tokenizer_2=tokenizer(),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """Qwen-Image: a vision-language model reads the prompt."""
+    text = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "rope_scaling": {"type": "default", "mrope_section": [4, 6, 6], "rope_type": "default"},
+        "rope_theta": 1000000.0,
+    }
+    vision = {"depth": 2, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=3, vision_end_token_id=3, vision_token_id=3
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage(
+            base_dim=24,
+            z_dim=16,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+        ),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer(1024),
+        transformer=QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=HEAD,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=ROPE,
+        ),
+    )
+
+
+def flux2() -> Flux2KleinPipeline:
+    """FLUX.2 klein: three layers of a Qwen3, of which it reads the 27th, make its text."""
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=8,
+        ),
+        text_encoder=transformers.Qwen3ForCausalLM(
+            decoder(transformers.Qwen3Config, num_hidden_layers=27, tie_word_embeddings=True)
+        ),
+        tokenizer=tokenizer(512),
+        transformer=Flux2Transformer2DModel(
+            in_channels=WIDTH,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=HEAD,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=False,
+        ),
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    """Lumina 2: a Gemma 2."""
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=16,
+            hidden_size=WIDTH,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=2,
+            multiple_of=64,
+            axes_dim_rope=ROPE,
+            cap_feat_dim=WIDTH,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(16, blocks=4),
+        text_encoder=transformers.Gemma2Model(decoder(transformers.Gemma2Config)),
+        tokenizer=tokenizer(),
+    )
+
+
+def wan22() -> WanPipeline:
+    """Wan 2.2: two transformers, one for the noisy steps and one for the rest."""
+    umt5 = transformers.UMT5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=32, d_ff=4 * WIDTH, num_layers=4, num_heads=2
+    )
+
+    def denoiser() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=HEAD, text_dim=WIDTH, freq_dim=64, ffn_dim=2 * WIDTH, num_layers=2
+        )
+
+    return WanPipeline(
+        tokenizer=tokenizer(512),
+        text_encoder=transformers.UMT5EncoderModel(umt5),
+        vae=AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=denoiser(),
+        transformer_2=denoiser(),
+        boundary_ratio=0.875,
+    )
+
+
+FAMILIES = {
+    "sd3": sd3,
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "ltx": ltx,
+    "hunyuan-video": hunyuan_video,
+    "qwen-image": qwen_image,
+    "flux2": flux2,
+    "lumina2": lumina2,
+    "wan22": wan22,
+}
+
+
+def build(family: str) -> DiffusionPipeline:
+    """The pipeline of a family, with weights of a fixed seed, in bfloat16."""
+    torch.manual_seed(0)
+    return FAMILIES[family]().to(torch.bfloat16)
+
+
+def save(family: str, folder: Path) -> Path:
+    """Writes the checkpoint of a family into `folder`, which is returned."""
+    build(family).save_pretrained(folder)
+    return folder
