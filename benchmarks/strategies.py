@@ -184,12 +184,14 @@ def _repeated_blocks(denoiser: torch.nn.Module) -> list[str]:
 
 
 def recipe_1(model: Model) -> DiffusionPipeline:
-    """Quantize and compile."""
+    """Quantize and compile. The guide's channels_last is for pictures; a video's convolutions have one of their own."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     pipeline = quantize_at_load(model).to(measure.accelerator())
     for name in model.denoisers:
-        getattr(pipeline, name).to(memory_format=torch.channels_last)
-        getattr(pipeline, name).compile(mode="max-autotune", fullgraph=True)
+        denoiser = getattr(pipeline, name)
+        is_video = any(weight.dim() == 5 for weight in denoiser.parameters())
+        denoiser.to(memory_format=torch.channels_last_3d if is_video else torch.channels_last)
+        denoiser.compile(mode="max-autotune", fullgraph=True)
     return pipeline
 
 
