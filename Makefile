@@ -4,12 +4,14 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test clean
+.PHONY: help setup run lab test benchmark clean
 
 help:
 	@echo "make run     execute every notebook, write each as HTML under build/"
 	@echo "make lab     open JupyterLab in notebooks/"
 	@echo "make test    unit tests, static checks, and nbval over every notebook"
+	@echo "make benchmark ARGS='--checkpoint pocket-flux --only eager'"
+	@echo "             measure combinations of quantization, offloading and compilation; ARGS='--help' lists the options"
 	@echo "make clean   remove what these made: .venv, build/ and caches"
 
 setup:
@@ -35,6 +37,10 @@ test: setup
 	color=; [ -t 1 ] || color=--color=no; \
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color --nbval --nbval-current-env \
 		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
+
+# Interrupted, it goes on with the next call.
+benchmark: setup
+	@$(python) -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info
