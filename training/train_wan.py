@@ -76,6 +76,8 @@ def build_models(words: list[str]) -> dict:
         latents_mean=[0.0] * LATENT[0],
         latents_std=[1.0] * LATENT[0],
     )
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT[0] :] -= 6  # logarithm of the variance: the latents start almost without noise
     transformer = WanTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
@@ -130,11 +132,21 @@ class ClipLoss:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
 
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Decodes as the autoencoder does, but does not clamp: no gradient flows through a clamped pixel."""
+        self.vae.clear_cache()
+        z, out = self.vae.post_quant_conv(z), []
+        for i in range(z.shape[2]):
+            caches = {"feat_cache": self.vae._feat_map, "feat_idx": [0]}
+            out.append(self.vae.decoder(z[:, :, i : i + 1], first_chunk=i == 0, **caches))
+        self.vae.clear_cache()
+        return torch.cat(out, 2)
+
     def __call__(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Returns the loss for clips in -1..1 and noise of the latents' shape."""
         with torch.autocast(x.device.type, torch.bfloat16):
             latents = self.vae.encode(x).latent_dist
-            y = self.vae.decode(latents.mean + latents.std * noise).sample
+            y = self.decode(latents.mean + latents.std * noise)
         y = y.float()
         loss = (y - x).abs().mean()
         for axis in (2, 3, 4):
@@ -168,6 +180,15 @@ def train_vae(
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     trainer.finish()
     bar.close()
+
+
+@torch.no_grad()
+def check_vae(vae: AutoencoderKLWan, clips: Clips, triples: torch.Tensor) -> float:
+    """Returns the mean error of pixels after a round trip, in levels of 255."""
+    x = 2 * clips.draw(triples) - 1
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample
+    return 127.5 * (y.float() - x).abs().mean().item()
 
 
 def make_bad_set(triples: list[Triple], count: int, seed: int) -> tuple[list[Triple], torch.Tensor, list[str]]:
@@ -334,6 +355,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae-seconds", type=float, default=math.inf, help="an earlier end of the autoencoder")
+    parser.add_argument("--worst", type=float, default=12.0, help="error of the autoencoder to stop at, of 255")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=math.inf, help="an earlier end of the flow training")
@@ -361,10 +383,13 @@ def main() -> None:
     triples = split_triples(names)[0]
     rows = clips.index(triples)
     with frames_as_channels():
-        trainer = Trainer({"vae": vae}, args.vae_steps, 1.5e-3, 0.998, args.state / "vae.pt", args.vae_seconds)
+        trainer = Trainer({"vae": vae}, args.vae_steps, 5e-4, 0.998, args.state / "vae.pt", args.vae_seconds)
         train_vae(vae, clips, rows, trainer, args.vae_batch, args.seed)
         vae.eval().requires_grad_(False)
-        print(f"autoencoder: {trainer.step} steps in {trainer.elapsed:.0f} s")
+        error = check_vae(vae, clips, rows[:32])
+        print(f"autoencoder: {trainer.step} steps in {trainer.elapsed:.0f} s, error {error:.2f} of 255", flush=True)
+        if error > args.worst:
+            raise SystemExit("The autoencoder is too bad to go on: train it for longer or with another seed.")
 
         parts = rows.repeat_interleave(args.variants, 0).split(64)
         good = (2 * clips.draw(part, seeded(device, args.seed, 2, i)) - 1 for i, part in enumerate(parts))
