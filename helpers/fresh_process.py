@@ -32,9 +32,11 @@ def stop_with(parent: int) -> None:
     os._exit(1)
 
 
-def main(job_file: str, result_file: str) -> None:
+def main(job_file: str, result_file: str, parent: str) -> None:
     """Call the function that the job names; write what it returns."""
-    threading.Thread(target=stop_with, args=[os.getppid()], daemon=True).start()
+    # Told, not asked: the parent may have ended by now. On Windows the launcher of a virtual environment is in between.
+    parent_id = int(parent) if os.name == "posix" else os.getppid()
+    threading.Thread(target=stop_with, args=[parent_id], daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     sys.path[:] = job["sys_path"]
     value = find(job)(**job["arguments"])

@@ -11,6 +11,7 @@ import datetime
 import gc
 import inspect
 import json
+import os
 import platform
 import re
 import signal
@@ -540,7 +541,7 @@ def run_in_fresh_process(
             job_file.write_text(json.dumps(job), encoding="utf-8")
             result_file = Path(folder, "result.json")
             script = Path(__file__).with_name("fresh_process.py")
-            command = [sys.executable, str(script), str(job_file), str(result_file)]
+            command = [sys.executable, str(script), str(job_file), str(result_file), str(os.getpid())]
             process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
             if process.returncode == 0:
                 result = json.loads(result_file.read_text(encoding="utf-8"))

@@ -388,7 +388,7 @@ def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
     process.kill()
     process.wait()
     process.stdout.close()
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=4)[1] == []  # by itself it would take longer
     assert list(results(tmp_path / "r")) == ["bf16, resident, eager"]
 
     capsys.readouterr()
