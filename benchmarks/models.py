@@ -51,14 +51,6 @@ class Model:
         """Class of a component, from the pipeline's index."""
         return _component_class(*read_index(self.path)[name])
 
-    def outside_blocks(self, denoiser: str) -> list[str]:
-        """Names of a denoiser's own children that are not lists of blocks: embedders, last norm, projection."""
-        cls = self.component_class(denoiser)
-        with torch.device("meta"):
-            module = cls.from_config(cls.load_config(self.path, subfolder=denoiser))
-        lists = (torch.nn.ModuleList, torch.nn.Sequential)
-        return [name for name, child in module.named_children() if not isinstance(child, lists)]
-
 
 def find_model(path: str) -> Model:
     """Reads the index of a checkpoint, and the sizes of its files; downloads no weights.

@@ -6,10 +6,10 @@ those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/
 """
 
 import torch
-from diffusers import BitsAndBytesConfig as DiffusersConfig
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.hooks import apply_group_offloading
-from transformers import BitsAndBytesConfig as TransformersConfig
 
 from benchmarks.models import Model
 from helpers import cpu_backend, measure
@@ -49,26 +49,9 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
 
 
 def save_nf4(model: dict, folder: str) -> None:
-    """Quantize once and write the result to `folder`, for `load_saved_nf4`. `model` is a `Model` as a dictionary.
-
-    The small layers outside the repeated blocks stay bfloat16: block group offload moves them without a stream, and
-    loses the quant_state of nf4 weights on the way (lesson 3).
-    """
+    """Quantize once and write the result to `folder`, for `load_saved_nf4`. `model` is a `Model` as a dictionary."""
     cpu_backend.enable()
-    subject = Model(**model)
-    configs = {
-        name: DiffusersConfig(**NF4, llm_int8_skip_modules=subject.outside_blocks(name))
-        if name in subject.denoisers
-        else TransformersConfig(**NF4)
-        for name in subject.quantized
-    }
-    pipeline = DiffusionPipeline.from_pretrained(
-        subject.path,
-        variant=subject.variant,
-        quantization_config=PipelineQuantizationConfig(quant_mapping=configs),
-        dtype=torch.bfloat16,
-    )
-    pipeline.save_pretrained(folder)
+    quantize_at_load(Model(**model)).save_pretrained(folder)
 
 
 # Where the components are
@@ -92,7 +75,7 @@ def offload_sequentially(pipeline: DiffusionPipeline, model: Model) -> None:
 def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
     """The text encoders layer by layer; everything else on the accelerator."""
     for name in model.text_encoders:
-        apply_group_offloading(getattr(pipeline, name), offload_type="leaf_level", **_stream())
+        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
     _move_rest(pipeline, model.text_encoders)
 
 
@@ -109,6 +92,7 @@ def offload_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
     stream = _stream()
     for name in model.denoisers:
         record = {"record_stream": True} if stream["use_stream"] else {}
+        keep_unquantized_outside_blocks(getattr(pipeline, name))
         _group_offload(getattr(pipeline, name), offload_type="block_level", num_blocks_per_group=1, **stream, **record)
     rest = (*model.text_encoders, *model.vaes)
     for name in rest:
@@ -125,10 +109,38 @@ def _stream() -> dict:
 
 def _group_offload(module: torch.nn.Module, **settings) -> None:
     """By diffusers' own method where the component has one: it knows which modules of a VAE belong together."""
+    put_quant_states(module, measure.accelerator())
     if hasattr(module, "enable_group_offload"):
         module.enable_group_offload(**settings)
     else:
         apply_group_offloading(module, **settings)
+
+
+def put_quant_states(module: torch.nn.Module, device: torch.device) -> None:
+    """Move the quant_state of each nf4 weight to `device`, where it stays: group offload moves the weight alone.
+
+    Weights that were quantized at load have it there already. Those loaded on the CPU have not: the first product would
+    read an address that is not the card's.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Linear4bit) and layer.weight.quant_state is not None:
+            layer.weight.quant_state.to(device)
+
+
+def keep_unquantized_outside_blocks(denoiser: torch.nn.Module) -> None:
+    """Turn the few nf4 layers outside the lists of blocks (embedders, last projection) back into bfloat16 ones.
+
+    Block-level group offload moves these without a stream, by `module.to("cpu")`, which takes the quant_state along,
+    and brings back the weight alone. Naming them in `llm_int8_skip_modules` would do too, but a name such as proj_out
+    also means the layers of that name in FLUX's blocks: 2.6 GB more.
+    """
+    for name, layer in list(denoiser.named_modules()):
+        parent = denoiser.get_submodule(name.split(".")[0])
+        if isinstance(layer, Linear4bit) and not isinstance(parent, (torch.nn.ModuleList, torch.nn.Sequential)):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+            plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+            denoiser.set_submodule(name, plain)
 
 
 def _move_rest(pipeline: DiffusionPipeline, offloaded: tuple[str, ...]) -> None:
