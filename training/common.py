@@ -48,29 +48,84 @@ def build_tokenizer(words: list[str], max_length: int, bos: bool) -> PreTrainedT
     )
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step for each weight has singular values near 1: as a matrix, of outputs x everything else.
+
+    So all directions of a convolution's kernel learn at one speed; AdamW leaves the weak ones behind. As in
+    torch.optim.Muon, which takes matrices alone, the step is as large as AdamW's of the same learning rate.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step for all parameters with a gradient, those of one shape together."""
+        for group in self.param_groups:
+            shapes = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                for parameter in parameters:
+                    if "momentum" not in self.state[parameter]:
+                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                steps = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
+                tall = steps.shape[1] > steps.shape[2]
+                steps = self.orthogonalise(steps.mT if tall else steps)
+                steps = (steps.mT if tall else steps).to(parameters[0].dtype).reshape(-1, *shape)
+                size = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
+                torch._foreach_add_(parameters, list(steps.unbind()), alpha=-group["lr"] * size)
+
+    @staticmethod
+    def orthogonalise(x: torch.Tensor) -> torch.Tensor:
+        """Brings the singular values of wide matrices (n, rows, columns) near 1, by the Newton-Schulz iteration."""
+        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)).bfloat16()
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (2.0315 * (a @ a) - 4.7750 * a) @ x
+        return x.float()
+
+
 class Trainer:
     """Counts steps, follows a learning-rate schedule, keeps an average of the weights, saves and resumes.
 
     Training ends after `steps` steps, or after `seconds` of training if that comes first; the schedule follows
-    whichever is nearer to its end.
+    whichever is nearer to its end. With `muon`, that optimizer steps the kernels of convolutions, AdamW the rest.
     """
 
     def __init__(
-        self, modules: dict, steps: int, rate: float, decay: float, state_file: Path, seconds: float = math.inf
+        self,
+        modules: dict,
+        steps: int,
+        rate: float,
+        decay: float,
+        state_file: Path,
+        seconds: float = math.inf,
+        muon: bool = False,
+        warmup: int = 500,
     ) -> None:
         self.modules = torch.nn.ModuleDict(modules)
         self.parameters = list(self.modules.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=self.parameters[0].is_cuda
-        )
-        self.steps, self.rate, self.decay = steps, rate, decay
+        kernels = [p for p in self.parameters if muon and p.ndim > 3 and p[0].numel() > 1 and len(p) > 1]
+        others = [p for p in self.parameters if all(p is not kernel for kernel in kernels)]
+        self.optimizers = [
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=others[0].is_cuda)
+        ]
+        if kernels:
+            self.optimizers.append(Muon(kernels, rate))
+        self.steps, self.rate, self.decay, self.warmup = steps, rate, decay, warmup
         self.average = [p.detach().clone() for p in self.parameters]
         self.state_file, self.step, self.saved = state_file, 0, time.time()
         self.seconds, self.elapsed, self.updated = seconds, 0.0, None
         if state_file.exists():
             state = torch.load(state_file, map_location=self.parameters[0].device)
             self.modules.load_state_dict(state["modules"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.average, self.step, self.elapsed = state["average"], state["step"], state.get("elapsed", 0.0)
 
     @property
@@ -84,7 +139,7 @@ class Trainer:
         torch.save(
             {
                 "modules": self.modules.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "average": self.average,
                 "step": self.step,
                 "elapsed": self.elapsed,
@@ -99,12 +154,13 @@ class Trainer:
         now = time.time()
         self.elapsed += now - (self.updated or now)  # the first step, which compiles, does not count
         self.updated = now
-        rate = self.rate * min(1, (self.step + 1) / 500) * min(1, 2 * max(0, 1 - self.done) + 1e-3)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self.rate * min(1, (self.step + 1) / self.warmup) * min(1, 2 * max(0, 1 - self.done) + 1e-3)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1 - min(self.decay, self.step / (self.step + 20)))

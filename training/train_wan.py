@@ -4,7 +4,9 @@
 
 Two stages: an autoencoder for clips of 17 frames of 96 x 96 pixels, then the text encoder and the transformer together,
 by rectified flow on the autoencoder's latents. Both are seeded. The state is saved once a minute: the same command
-goes on where it was stopped. It takes about eight minutes on one data-centre GPU (H200).
+goes on where it was stopped. It takes about eight minutes on one data-centre GPU (H200). With `--stage vae` it ends
+after the autoencoder, whose weights are then in the file that `--vae-file` names; a run that finds that file takes the
+autoencoder from it.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import contextlib
 import json
 import math
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -37,8 +40,15 @@ from clips import (
 )
 from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+    patchify,
+    unpatchify,
+)
 from emoji import COLOURS
+from evaluate_wan import measure
 from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -68,16 +78,20 @@ def build_models(words: list[str]) -> dict:
             decoder_start_token_id=0,
         )
     )
-    vae = AutoencoderKLWan(
-        base_dim=16,
+    vae = AutoencoderKLWan(  # Wan2.2's kind, with shortcuts around each level and pixels in patches of 2 x 2
+        base_dim=32,
         z_dim=LATENT[0],
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 2, 2],
         num_res_blocks=1,
+        temperal_downsample=[True, True],
         latents_mean=[0.0] * LATENT[0],
         latents_std=[1.0] * LATENT[0],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
     )
-    with torch.no_grad():
-        vae.quant_conv.bias[LATENT[0] :] -= 6  # logarithm of the variance: the latents start almost without noise
+    start_still(vae)
     transformer = WanTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
@@ -93,102 +107,211 @@ def build_models(words: list[str]) -> dict:
     )  # fmt: skip
 
 
-def convolve_frames(self: WanCausalConv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+@torch.no_grad()
+def start_still(vae: AutoencoderKLWan) -> None:
+    """Sets the weights so that each frame is at first seen alone: training on single frames is a start for clips."""
+    vae.quant_conv.bias[LATENT[0] :] -= 6  # logarithm of the variance: the latents start almost without noise
+    for module in vae.modules():
+        if not isinstance(module, WanCausalConv3d) or module.kernel_size[0] == 1:
+            continue
+        module.weight[:, :, :-1] = 0  # the frames before
+        if module.kernel_size[1] == 1:  # over time alone: the mean of two frames, or each frame twice
+            eye = torch.eye(module.in_channels)
+            module.bias.zero_()
+            if module.stride[0] == 2:
+                module.weight[:, :, 1:] = eye[:, :, None, None, None] / 2
+            else:
+                module.weight[:, :, -1] = torch.cat([eye, eye])[:, :, None, None]
+
+
+def convolve_frames(self: WanCausalConv3d, x: torch.Tensor, cache_x: None = None) -> torch.Tensor:
     """The same convolution over time, height and width as a 2D one over stacked frames, for which kernels are fast."""
-    if cache_x is not None and self._padding[4] > 0:
-        x = torch.cat([cache_x, x], 2)
-        x = F.pad(x, (0, 0, 0, 0, self._padding[4] - cache_x.shape[2], 0))
+    assert cache_x is None
+    depth, step, count, weight = self.kernel_size[0], self.stride[0], x.shape[2], self.weight
+    if count == 1 and self._padding[4] > 0:
+        weight = weight[:, :, -1]  # the frames before are zero
     else:
         x = F.pad(x, (0, 0, 0, 0, self._padding[4], 0))
-    depth, step = self.kernel_size[0], self.stride[0]
-    count = (x.shape[2] - depth) // step + 1
-    stacked = torch.cat([x[:, :, i : i + step * (count - 1) + 1 : step] for i in range(depth)], 1)
-    frames = stacked.transpose(1, 2).flatten(0, 1)
-    weight = self.weight.transpose(1, 2).flatten(1, 2)
-    y = F.conv2d(frames, weight, self.bias, self.stride[1:], (self._padding[2], self._padding[0]))
+        count = (x.shape[2] - depth) // step + 1
+        if depth > 1:
+            x = torch.cat([x[:, :, i : i + step * (count - 1) + 1 : step] for i in range(depth)], 1)
+        weight = weight.transpose(1, 2).flatten(1, 2)
+    y = F.conv2d(
+        x.transpose(1, 2).flatten(0, 1), weight, self.bias, self.stride[1:], (self._padding[2], self._padding[0])
+    )
     return y.unflatten(0, (len(x), count)).transpose(1, 2)
 
 
+def resample_clip(
+    self: WanResample, x: torch.Tensor, feat_cache: None = None, feat_idx: list[int] | None = None
+) -> torch.Tensor:
+    """Resamples all frames of a clip at once, as the module does chunk by chunk: the first frame stays single."""
+    assert feat_cache is None
+    if self.mode == "upsample3d" and x.shape[2] > 1:
+        twice = self.time_conv(x[:, :, 1:]).unflatten(1, (2, x.shape[1]))
+        x = torch.cat([x[:, :, :1], torch.stack(twice.unbind(1), 3).flatten(2, 3)], 2)
+    y = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+    if self.mode == "downsample3d" and x.shape[2] > 1:
+        y = torch.cat([y[:, :, :1], self.time_conv(y)], 2)
+    return y
+
+
+def encode_clip(vae: AutoencoderKLWan, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean and the logarithm of the variance of the latents, as vae.encode does in 5 chunks."""
+    x = patchify(x, vae.config.patch_size).contiguous(memory_format=torch.channels_last_3d)
+    return vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+
+
+def decode_clip(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
+    """Decodes as vae.decode does in 5 chunks, but does not clamp: no gradient flows through a clamped pixel."""
+    z = z.contiguous(memory_format=torch.channels_last_3d)
+    return unpatchify(vae.decoder(vae.post_quant_conv(z), first_chunk=True), vae.config.patch_size).float()
+
+
 @contextlib.contextmanager
-def frames_as_channels() -> Iterator[None]:
-    """Within it, every WanCausalConv3d computes as `convolve_frames` does."""
-    with patch.object(WanCausalConv3d, "forward", convolve_frames):
+def whole_clips() -> Iterator[None]:
+    """Within it, `encode_clip` and `decode_clip` work; vae.encode and vae.decode do not."""
+    with (
+        patch.object(WanCausalConv3d, "forward", convolve_frames),
+        patch.object(WanResample, "forward", resample_clip),
+    ):
         yield
 
 
 def draw_bad(
-    clips: Clips, triples: torch.Tensor, faults: torch.Tensor, generator: torch.Generator, least: float = 0.0
+    clips: Clips,
+    triples: torch.Tensor,
+    faults: torch.Tensor,
+    generator: torch.Generator,
+    least: float = 0.0,
+    frames: slice = slice(None),
 ) -> torch.Tensor:
     """Draws clips in -1..1 that have the given faults (n, 4), in random strengths from `least` to 1."""
     strength = least + (1 - least) * torch.rand(faults.shape, device=clips.device, generator=generator)
     strength = dict(zip(FAULTS, (strength * faults).unbind(1), strict=True))
-    x = clips.draw(triples, generator, 1 - strength["static"])
+    x = clips.draw(triples, generator, 1 - strength["static"], frames)
     return 2 * spoil(x, strength["blurry"], strength["noisy"], strength["dim"], generator) - 1
 
 
+def find_sprite(x: torch.Tensor) -> torch.Tensor:
+    """Returns 1 where clips in -1..1 differ from the colour of their corner and 0 elsewhere, with one channel."""
+    background = x[..., :4, :4].mean((3, 4), keepdim=True)
+    return ((x - background).abs().amax(1, keepdim=True) > 0.1).float()
+
+
 class ClipLoss:
-    """The loss of the autoencoder on one batch: error of pixels and of their differences, and a little KL."""
+    """The loss of the autoencoder on one batch of clips or single frames.
+
+    Square errors and absolute ones of pixels and of their differences, and a little KL. The emoji weighs 4 times as
+    much as the background. Without the square errors it would stay unseen: where it is uncertain what a pixel
+    shows, the background is the median, which is best by absolute errors.
+    """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Decodes as the autoencoder does, but does not clamp: no gradient flows through a clamped pixel."""
-        self.vae.clear_cache()
-        z, out = self.vae.post_quant_conv(z), []
-        for i in range(z.shape[2]):
-            caches = {"feat_cache": self.vae._feat_map, "feat_idx": [0]}
-            out.append(self.vae.decoder(z[:, :, i : i + 1], first_chunk=i == 0, **caches))
-        self.vae.clear_cache()
-        return torch.cat(out, 2)
-
-    def __call__(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Returns the loss for clips in -1..1 and noise of the latents' shape."""
+    def __call__(self, x: torch.Tensor, noise: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
+        """Returns the loss for clips in -1..1, noise of the latents' shape and the weight of the absolute errors."""
         with torch.autocast(x.device.type, torch.bfloat16):
-            latents = self.vae.encode(x).latent_dist
-            y = self.decode(latents.mean + latents.std * noise)
-        y = y.float()
-        loss = (y - x).abs().mean()
+            mean, logarithm = encode_clip(self.vae, x)
+            y = decode_clip(self.vae, mean + (logarithm.clamp(-30, 20) / 2).exp() * noise)
+        weight, error = 1 + 3 * find_sprite(x), y - x
+        weight = weight / weight.mean()
+        loss = 2 * (weight * error.square()).mean() + sharp * (weight * error.abs()).mean()
         for axis in (2, 3, 4):
-            loss = loss + 0.5 * (y.diff(dim=axis) - x.diff(dim=axis)).abs().mean()
-        return loss + 1e-3 * latents.kl().mean() / latents.mean[0].numel()
+            size = x.shape[axis] - 1
+            if size:
+                loss = loss + 0.3 * sharp * (weight.narrow(axis, 1, size) * error.diff(dim=axis).abs()).mean()
+        kl = (mean.square() + logarithm.exp() - 1 - logarithm).mean() / 2
+        return loss + 1e-3 * kl
 
 
 def train_vae(
-    vae: AutoencoderKLWan, clips: Clips, triples: torch.Tensor, trainer: Trainer, batch: int, seed: int
+    vae: AutoencoderKLWan,
+    clips: Clips,
+    triples: torch.Tensor,
+    trainer: Trainer,
+    batch: int,
+    seed: int,
+    still: float,
 ) -> None:
-    """Trains the autoencoder on the training triples, an eighth of them with faults."""
-    device, loss_of, graph = clips.device, ClipLoss(vae), None
+    """Trains the autoencoder on the training triples, an eighth of them with faults.
+
+    Args:
+        vae: to train.
+        clips: draws.
+        triples: indices of those to train on.
+        trainer: holds the parameters.
+        batch: clips in a step.
+        seed: of all random numbers.
+        still: share of the training that is on single frames; it is cheap, and is where the emoji are learned.
+    """
+    device, loss_of, graphs = clips.device, ClipLoss(vae), {}
+    if device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # each shape of each block is compiled
+        torch._dynamo.config.suppress_errors = True  # without compiling it is slower, but works
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.compile(dynamic=False)
     bar = tqdm(total=trainer.steps, initial=trainer.step, desc="autoencoder", mininterval=5)
+    checked = time.time()
     while trainer.done < 1:
-        generator = seeded(device, seed, 1, trainer.step)
-        rows = triples[torch.randint(len(triples), (batch,), device=device, generator=generator)]
-        faults = torch.rand(batch, len(FAULTS), device=device, generator=generator) < 0.5
-        faults[batch // 8 :] = False
-        x = draw_bad(clips, rows, faults, generator).contiguous(memory_format=torch.channels_last_3d)
-        noise = torch.randn(batch, *LATENT, device=device, generator=generator)
+        generator, single = seeded(device, seed, 1, trainer.step), trainer.done < still
+        n = 4 * batch if single else batch
+        rows = triples[torch.randint(len(triples), (n,), device=device, generator=generator)]
+        faults = torch.rand(n, len(FAULTS), device=device, generator=generator) < 0.5
+        faults[n // 8 :] = False
+        start = trainer.step % 5
+        frames = slice(start, start + 13, 4) if single else slice(None)  # four frames of each clip, or all
+        x = draw_bad(clips, rows, faults, generator, frames=frames)
+        if single:
+            x = x.transpose(1, 2).flatten(0, 1)[:, :, None]
+        shape = (len(x), LATENT[0], 1 if single else LATENT[1], *LATENT[2:])
+        noise = torch.randn(shape, device=device, generator=generator)
+        sharp = torch.full((), min(1.0, 0.2 + 2 * trainer.done), device=device)
         if device.type == "cuda":
-            if graph is None:
-                graph = Graph(loss_of, trainer.parameters, [x, noise])
-            loss = graph(x, noise)
+            if single not in graphs:
+                # Compiling for single frames would take longer than it saves.
+                with torch.compiler.set_stance("force_eager" if single else "default"):
+                    graphs[single] = Graph(loss_of, trainer.parameters, [x, noise, sharp])
+                trainer.updated = None  # nor does this count as training
+            loss = graphs[single](x, noise, sharp)
         else:
-            loss = loss_of(x, noise)
+            loss = loss_of(x, noise, sharp)
             loss.backward()
         trainer.update()
         bar.update()
         if trainer.step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if time.time() - checked > 20:
+            kind, (error, on_sprite) = "frames" if single else "clips", check_vae(vae, clips, triples[:16])
+            print(f"\n{kind}, step {trainer.step}: error {error:.2f} of 255, on the emoji {on_sprite:.2f}", flush=True)
+            checked = time.time()
     trainer.finish()
     bar.close()
 
 
 @torch.no_grad()
-def check_vae(vae: AutoencoderKLWan, clips: Clips, triples: torch.Tensor) -> float:
-    """Returns the mean error of pixels after a round trip, in levels of 255."""
+@torch.compiler.set_stance("force_eager")
+def check_vae(vae: AutoencoderKLWan, clips: Clips, triples: torch.Tensor) -> tuple[float, float]:
+    """Returns the mean error of clips after a round trip, in levels of 255: of all pixels and of the emoji's."""
     x = 2 * clips.draw(triples) - 1
     with torch.autocast(x.device.type, torch.bfloat16):
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample
-    return 127.5 * (y.float() - x).abs().mean().item()
+        y = decode_clip(vae, encode_clip(vae, x)[0]).clamp(-1, 1)
+    error, sprite = 127.5 * (y - x).abs().mean(1, keepdim=True), find_sprite(x)
+    return error.mean().item(), ((error * sprite).sum() / sprite.sum()).item()
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def score_vae(vae: AutoencoderKLWan, clips: Clips, triples: list[Triple]) -> dict[str, float]:
+    """Returns evaluate_wan's shares of clips that are right by motion, colour and name after a round trip."""
+    shown = []
+    for rows in clips.index(triples).split(16):
+        with torch.autocast(rows.device.type, torch.bfloat16):
+            y = decode_clip(vae, encode_clip(vae, 2 * clips.draw(rows) - 1)[0])
+        shown.append(y.clamp(-1, 1) / 2 + 0.5)
+    return measure(torch.cat(shown), triples, clips)
 
 
 def make_bad_set(triples: list[Triple], count: int, seed: int) -> tuple[list[Triple], torch.Tensor, list[str]]:
@@ -214,12 +337,13 @@ def make_bad_set(triples: list[Triple], count: int, seed: int) -> tuple[list[Tri
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def encode(vae: AutoencoderKLWan, batches: Iterator[torch.Tensor], total: int) -> torch.Tensor:
     """Returns the latents of clips in -1..1, in bf16, not normalised."""
     out = []
     for x in tqdm(batches, total=total, desc="latents", mininterval=5):
         with torch.autocast(x.device.type, torch.bfloat16):
-            mean = vae.encode(x.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mean
+            mean = encode_clip(vae, x)[0]
         out.append(mean.bfloat16().contiguous())
     return torch.cat(out)
 
@@ -355,7 +479,10 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae-seconds", type=float, default=math.inf, help="an earlier end of the autoencoder")
-    parser.add_argument("--worst", type=float, default=12.0, help="error of the autoencoder to stop at, of 255")
+    parser.add_argument("--vae-still", type=float, default=0.3, help="share of its training on single frames")
+    parser.add_argument("--vae-file", type=Path, help="its finished weights; by default in the state's folder")
+    parser.add_argument("--least", type=float, default=0.9, help="score of its round trip below which to stop")
+    parser.add_argument("--stage", choices=["vae", "all"], default="all", help="vae: the autoencoder alone")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=math.inf, help="an earlier end of the flow training")
@@ -380,16 +507,35 @@ def main() -> None:
     print(f"{len(names)} emoji, parameters: {counts}, {2e-6 * sum(counts.values()):.1f} MB in bf16")
 
     clips, vae = Clips(sprites, device), components["vae"]
-    triples = split_triples(names)[0]
+    triples, held_out = split_triples(names)
     rows = clips.index(triples)
-    with frames_as_channels():
-        trainer = Trainer({"vae": vae}, args.vae_steps, 5e-4, 0.998, args.state / "vae.pt", args.vae_seconds)
-        train_vae(vae, clips, rows, trainer, args.vae_batch, args.seed)
+    with whole_clips():
+        vae_file = args.vae_file or args.state / "autoencoder.pt"
+        if vae_file.exists():
+            vae.load_state_dict(torch.load(vae_file, map_location=device))
+            print(f"autoencoder: read from {vae_file}")
+        else:
+            trainer = Trainer(
+                {"vae": vae},
+                args.vae_steps,
+                1e-3,
+                0.998,
+                args.state / "vae.pt",
+                args.vae_seconds,
+                muon=True,
+                warmup=100,
+            )
+            train_vae(vae, clips, rows, trainer, args.vae_batch, args.seed, args.vae_still)
+            print(f"autoencoder: {trainer.step} steps in {trainer.elapsed:.0f} s")
+            torch.save({key: value.cpu() for key, value in vae.state_dict().items()}, vae_file)
         vae.eval().requires_grad_(False)
-        error = check_vae(vae, clips, rows[:32])
-        print(f"autoencoder: {trainer.step} steps in {trainer.elapsed:.0f} s, error {error:.2f} of 255", flush=True)
-        if error > args.worst:
-            raise SystemExit("The autoencoder is too bad to go on: train it for longer or with another seed.")
+        error, on_sprite = check_vae(vae, clips, rows[:32])
+        score = score_vae(vae, clips, held_out[:60])
+        print(f"autoencoder: error {error:.2f} of 255, on the emoji {on_sprite:.2f}, {score}", flush=True)
+        if min(score["motion"], score["name"]) < args.least:
+            raise SystemExit(f"The autoencoder is too bad to go on. Remove {vae_file} and train it for longer.")
+        if args.stage == "vae":
+            return
 
         parts = rows.repeat_interleave(args.variants, 0).split(64)
         good = (2 * clips.draw(part, seeded(device, args.seed, 2, i)) - 1 for i, part in enumerate(parts))
