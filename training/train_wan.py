@@ -482,6 +482,7 @@ def main() -> None:
     parser.add_argument("--vae-still", type=float, default=0.3, help="share of its training on single frames")
     parser.add_argument("--vae-file", type=Path, help="its finished weights; by default in the state's folder")
     parser.add_argument("--least", type=float, default=0.9, help="score of its round trip below which to stop")
+    parser.add_argument("--worst", type=float, default=20.0, help="its error on the emoji to stop at, of 255")
     parser.add_argument("--stage", choices=["vae", "all"], default="all", help="vae: the autoencoder alone")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=256)
@@ -532,7 +533,7 @@ def main() -> None:
         error, on_sprite = check_vae(vae, clips, rows[:32])
         score = score_vae(vae, clips, held_out[:60])
         print(f"autoencoder: error {error:.2f} of 255, on the emoji {on_sprite:.2f}, {score}", flush=True)
-        if min(score["motion"], score["name"]) < args.least:
+        if min(score["motion"], score["name"]) < args.least or not on_sprite <= args.worst:
             raise SystemExit(f"The autoencoder is too bad to go on. Remove {vae_file} and train it for longer.")
         if args.stage == "vae":
             return
