@@ -167,7 +167,7 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
         left.set(xlabel=label, title=title)
         right.set(xlabel="accelerator memory (GB)" if on_card else "host memory (GB)")
         if on_card:
-            right.legend(loc="upper right", fontsize=9, framealpha=0.9)
+            drawing.legend(loc="outside lower right", ncols=2, fontsize=9, frameon=False)  # over no bar
         for axes in (left, right):
             axes.margins(x=0.15)
             axes.grid(axis="x", alpha=0.3)
