@@ -216,7 +216,7 @@ def measure_one(
                 "benchmarks.strategies:assemble",
                 checkpoint,
                 name,
-                {"name": name, "model": models.as_json(asdict(model))},
+                {"name": name, "model": asdict(model)},
                 args.repeats,
                 args.warmups,
                 picture=pictures / f"{slug(name)}.png",
@@ -268,7 +268,7 @@ def ensure_saved(model: models.Model) -> tuple[str, str]:
                 f"The saved nf4 weights need {needed:.1f} GB of disk and {part.parent} has {free:.1f} GB free: free "
                 "some space or set TUTORIAL_CACHE to a folder on a larger disk."
             )
-        job = {"model": models.as_json(asdict(model)), "folder": str(part)}
+        job = {"model": asdict(model), "folder": str(part)}
         measure.run_in_fresh_process("benchmarks.strategies:save_nf4", job)
         part.rename(folder)  # in one go: what has this name is whole
     except OSError as error:

@@ -1,7 +1,6 @@
 """What the benchmark must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,8 +200,3 @@ def describe(model: Model) -> str:
             nf4 = ", quantized to nf4" if name in model.quantized else ""
             lines.append(f"  {role:12}  {name:16}  {model.sizes.get(name, 0) / 1e9:8.3f} GB on disk{nf4}")
     return "\n".join(lines)
-
-
-def as_json(value: Any) -> Any:
-    """A `Model` as a dictionary of plain JSON values, as another process gets it."""
-    return json.loads(json.dumps(value))

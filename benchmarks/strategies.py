@@ -67,11 +67,6 @@ def offload_models(pipeline: DiffusionPipeline, model: Model) -> None:
     pipeline.enable_model_cpu_offload(device=measure.accelerator())
 
 
-def offload_sequentially(pipeline: DiffusionPipeline, model: Model) -> None:
-    """One layer on the accelerator at a time, with no stream."""
-    pipeline.enable_sequential_cpu_offload(device=measure.accelerator())
-
-
 def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
     """The text encoders layer by layer; everything else on the accelerator."""
     for name in model.text_encoders:
@@ -209,23 +204,19 @@ def recipe_1(model: Model) -> DiffusionPipeline:
 
 def recipe_2(model: Model) -> DiffusionPipeline:
     """Quantize, model offload, compile."""
-    torch._dynamo.config.cache_size_limit = 1000
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     pipeline = quantize_at_load(model)
     offload_models(pipeline, model)
-    for name in model.denoisers:
-        getattr(pipeline, name).compile()
+    compile_whole(pipeline, model)
     return pipeline
 
 
 def recipe_3(model: Model) -> DiffusionPipeline:
     """Quantize, leaf-level group offload with a stream, compile."""
-    torch._dynamo.config.cache_size_limit = 1000
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     pipeline = quantize_at_load(model)
     offload_leaves(pipeline, model)
-    for name in model.denoisers:
-        getattr(pipeline, name).compile()
+    compile_whole(pipeline, model)
     return pipeline
 
 
@@ -233,7 +224,6 @@ STARTS = {"bf16": load_bf16, "nf4": quantize_at_load, "saved nf4": load_saved_nf
 PLACEMENTS = {
     "resident": put_resident,
     "model offload": offload_models,
-    "sequential offload": offload_sequentially,
     "text encoders offloaded": offload_text_encoders,
     "leaf group offload": offload_leaves,
     "block group offload": offload_blocks,

@@ -90,6 +90,23 @@ class Muon(torch.optim.Optimizer):
         return x.float()
 
 
+def t5_settings(vocabulary: int, width: int) -> dict:
+    """Returns the settings of a small T5 or UMT5 encoder for the tokens of `build_tokenizer`."""
+    return dict(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=64,
+        d_ff=2 * width,
+        num_layers=3,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+
+
 class Trainer:
     """Counts steps, follows a learning-rate schedule, keeps an average of the weights, saves and resumes.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded
+from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded, t5_settings
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from emoji import COLOURS, FONT, TEMPLATES, load_emoji, make_prompt, split_pairs
 from tqdm import tqdm
@@ -44,21 +44,7 @@ def build_models(words: list[str]) -> dict:
             **ids,
         )
     )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2),
-            d_model=TEXT_WIDTH,
-            d_kv=64,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=3,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    text_encoder_2 = T5EncoderModel(T5Config(**t5_settings(len(tokenizer_2), TEXT_WIDTH)))
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -38,7 +38,7 @@ from clips import (
     spoil,
     vary_prompt,
 )
-from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded
+from common import UNKNOWN, Graph, Trainer, build_tokenizer, insert_unknown, pick_device, seeded, t5_settings
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
@@ -63,21 +63,7 @@ LATENT = (16, 1 + (FRAMES - 1) // 4, SIZE // 8, SIZE // 8)  # shape of a clip's 
 def build_models(words: list[str]) -> dict:
     """Builds every component with random weights; returns WanPipeline's keyword arguments."""
     tokenizer = build_tokenizer(words, LONG, bos=False)
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_kv=64,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=3,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    text_encoder = UMT5EncoderModel(UMT5Config(**t5_settings(len(tokenizer), TEXT_WIDTH)))
     vae = AutoencoderKLWan(  # Wan2.2's kind, with shortcuts around each level and pixels in patches of 2 x 2
         base_dim=32,
         z_dim=LATENT[0],
