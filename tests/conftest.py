@@ -3,6 +3,7 @@
 Nothing here needs the network or the trained checkpoints of the repository.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ from transformers import (
 )
 
 from helpers import cpu_backend
+
+# A shell starts a job in the background with Ctrl-C ignored, and so would be the programs that the tests stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 cpu_backend.enable()
 
