@@ -50,6 +50,11 @@ class Model:
         """Class of a component, from the pipeline's index."""
         return _component_class(*read_index(self.path)[name])
 
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """Class of the pipeline, from its index."""
+        return _pipeline_class(self.path)
+
 
 def find_model(path: str) -> Model:
     """Reads the index of a checkpoint, and the sizes of its files; downloads no weights.
@@ -126,13 +131,17 @@ def _first_line(error: Exception) -> str:
 
 def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
     """The parameters that the pipeline of a checkpoint can be called with."""
+    return inspect.signature(_pipeline_class(path).__call__).parameters
+
+
+def _pipeline_class(path: str) -> type[DiffusionPipeline]:
     name = read_index(path)["_class_name"]
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise TutorialError(
             f"{path} is for a {name}, which diffusers {diffusers.__version__} does not have: use a newer diffusers."
         )
-    return inspect.signature(cls.__call__).parameters
+    return cls
 
 
 def _must_be_given(parameter: inspect.Parameter) -> bool:

@@ -45,7 +45,9 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
         )
         for name in model.quantized
     }
-    return DiffusionPipeline.from_pretrained(model.saved, dtype=torch.bfloat16, **parts)
+    # By its own class: DiffusionPipeline drops a component that the class calls optional, such as Wan's transformer, and
+    # loads another one from the folder (diffusers 0.42).
+    return model.pipeline_class.from_pretrained(model.saved, dtype=torch.bfloat16, **parts)
 
 
 def save_nf4(model: dict, folder: str) -> None:

@@ -1,8 +1,12 @@
 """What the strategies do to nf4 weights, on pocket-flux. That they draw the right picture is in test_benchmark.py."""
 
+from dataclasses import asdict, replace
+
 import pytest
+import tiny_pipelines
 import torch
 from bitsandbytes.nn import Linear4bit
+from diffusers import WanTransformer3DModel
 
 from benchmarks import models, strategies
 from helpers import cpu_backend
@@ -52,3 +56,21 @@ def test_group_offload_sends_the_quant_states_to_the_accelerator(strategy, monke
     getattr(strategies, strategy)(pipeline, model)
     assert pipeline.text_encoder_2 in sent
     assert (pipeline.transformer in sent) == (strategy != "offload_text_encoders")
+
+
+def test_saved_weights_are_loaded_once_and_where_they_were_sent(tmp_path, monkeypatch):
+    """WanPipeline calls its transformers optional, which DiffusionPipeline.from_pretrained would load a second time."""
+    cpu_backend.enable()
+    model = models.find_model(str(tiny_pipelines.save("wan22", tmp_path / "wan")))
+    strategies.save_nf4(asdict(model), str(tmp_path / "nf4"))
+    load, loaded = WanTransformer3DModel.from_pretrained.__func__, []
+
+    def count(cls, *args, **settings):
+        loaded.append(load(cls, *args, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", classmethod(count))
+    pipeline = strategies.load_saved_nf4(replace(model, saved=str(tmp_path / "nf4")))
+    assert len(loaded) == len(model.denoisers) == 2
+    assert pipeline.transformer is loaded[0] and pipeline.transformer_2 is loaded[1]
+    assert quantized(pipeline.transformer) and quantized(pipeline.transformer_2)
