@@ -45,8 +45,8 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
         )
         for name in model.quantized
     }
-    # By its own class: DiffusionPipeline drops a component that the class calls optional, such as Wan's transformer, and
-    # loads another one from the folder (diffusers 0.42).
+    # By its own class: DiffusionPipeline drops a component that the class calls optional, such as Wan's transformer,
+    # and loads another one from the folder (diffusers 0.42).
     return model.pipeline_class.from_pretrained(model.saved, dtype=torch.bfloat16, **parts)
 
 

@@ -155,7 +155,7 @@ CHECKPOINTS = {
         width=96,
         num_inference_steps=12,
         max_sequence_length=32,
-        guidance_scale=5.0,
+        guidance_scale=3.0,
         num_frames=17,
         negative_prompt="blurry, static, noisy, dim",
     ),

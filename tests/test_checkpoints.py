@@ -81,7 +81,7 @@ def test_call_arguments_of_a_video():
         "width": 96,
         "num_frames": 17,
         "num_inference_steps": 12,
-        "guidance_scale": 5.0,
+        "guidance_scale": 3.0,
         "max_sequence_length": 32,
     }
 

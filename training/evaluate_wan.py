@@ -1,6 +1,6 @@
 """Measures how well pocket-wan shows what the prompt names, in bf16 and with nf4 weights.
 
-    python training/evaluate_wan.py --checkpoint checkpoints/pocket-wan
+    PYTHONPATH=. python training/evaluate_wan.py --checkpoint checkpoints/pocket-wan
 
 Three figures, over random (name, motion, colour) triples seen in training and over triples held out of it, each
 against the rendered truth of the named triple:
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
     parser.add_argument("--triples", type=int, default=100, help="triples in each figure")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--tokens", type=int, default=32, help="text sequence length")
     parser.add_argument("--seed", type=int, default=1, help="which triples")
     parser.add_argument("--only", choices=["bf16", "nf4"], help="one kind of weights")
