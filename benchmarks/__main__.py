@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures what the command line asks for.
 
     Raises:
-        TutorialError: the checkpoint, the names or the disk are not as they must be.
+        TutorialError: the checkpoint, the names or the disk are not as they must be, or every combination failed.
     """
     names = [name for name in strategies.COMBINATIONS if any(text in name for text in args.only)]
     if not names:
@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
         save(rows, file)
         tqdm.write(line(row))
     draw_chart(rows, file)
+    if all(row.failure for row in rows if row.name in names):
+        raise TutorialError("None of these combinations could be measured: the table says why, for each.")
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:

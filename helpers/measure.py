@@ -548,7 +548,7 @@ def run_in_fresh_process(
                 return Measurement.from_dict(result["value"]) if result["is_measurement"] else result["value"]
     except subprocess.TimeoutExpired:
         raise TutorialError(
-            f"{name} did not finish in {timeout_s:.0f} s in its own process: raise timeout_s, or use fewer steps."
+            f"{name} did not finish in {timeout_s:.0f} s in its own process: raise the timeout, or use fewer steps."
         ) from None
     except OSError as error:
         raise TutorialError(
