@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.measure import accelerator, synchronize
+from helpers.measure import accelerator, environment, synchronize
 
 KINDS = ("copy to the accelerator", "compute", "copy back")
 
@@ -90,7 +90,10 @@ def hidden_share(activities: Sequence[Activity]) -> float:
 def save_activities(
     recordings: Mapping[str, Sequence[Activity]], path: str | Path, start_ms: float, end_ms: float
 ) -> None:
-    """Write what of each recording lies between two moments, overlapping spans of a kind joined, as JSON."""
+    """Write what of each recording lies between two moments, overlapping spans of a kind joined, as JSON.
+
+    The file also says on which device and with which versions it was recorded.
+    """
     lanes = {
         name: {
             kind: [[round(a - start_ms, 3), round(b - start_ms, 3)] for a, b in _merge(activities, kind)
@@ -99,12 +102,13 @@ def save_activities(
         }
         for name, activities in recordings.items()
     }  # fmt: skip
-    Path(path).write_text(json.dumps(lanes) + "\n", encoding="utf-8")
+    text = json.dumps({"environment": environment(), "recordings": lanes})
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def load_activities(path: str | Path) -> dict[str, list[Activity]]:
     """Read what `save_activities` wrote; the beginning of the window is 0 ms."""
-    lanes = json.loads(Path(path).read_text(encoding="utf-8"))
+    lanes = json.loads(Path(path).read_text(encoding="utf-8"))["recordings"]
     return {
         name: [Activity(kind, start, end) for kind, spans in kinds.items() for start, end in spans]
         for name, kinds in lanes.items()

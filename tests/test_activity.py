@@ -1,9 +1,12 @@
 """Unit tests of helpers.activity."""
 
+import json
+
 import pytest
 import torch
 
 from helpers.activity import Activity, busy_ms, hidden_share, load_activities, record_activity, save_activities
+from helpers.measure import environment
 
 
 def copies(*spans):
@@ -59,3 +62,5 @@ def test_saved_activities_come_back_joined_and_from_the_window(tmp_path):
     assert load_activities(tmp_path / "a.json") == {
         "leaf": [Activity("copy to the accelerator", 1, 3), Activity("compute", 0, 5)]
     }
+    saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert saved["environment"] == environment()
