@@ -405,6 +405,13 @@ class Measurement:
         """Width x height in pixels."""
         return f"{self.width}x{self.height}"
 
+    @property
+    def provenance(self) -> str:
+        """Where, with what, on what and when this was measured, in one line."""
+        drawn = self.resolution if self.frames is None else f"{self.frames} frames of {self.resolution}"
+        repeats = "1 repeat" if self.repeats == 1 else f"{self.repeats} repeats"
+        return f"{self.device}, torch {self.torch}, {drawn}, {self.steps} steps, {repeats}, {self.date}"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self)

@@ -203,6 +203,13 @@ def test_measurement_says_what_where_and_on_what(bf16_pipeline):
     assert {name for name, value in record.to_dict().items() if value is None} <= optional
 
 
+def test_provenance_is_one_line():
+    row = Measurement("a", device="card", torch="2.11", height=480, width=832, steps=2, repeats=3, date="2026-01-31")
+    assert row.provenance == "card, torch 2.11, 832x480, 2 steps, 3 repeats, 2026-01-31"
+    clip = replace(row, frames=81, repeats=1)
+    assert clip.provenance == "card, torch 2.11, 81 frames of 832x480, 2 steps, 1 repeat, 2026-01-31"
+
+
 def test_measurements_survive_a_file(tmp_path):
     checkpoint = CHECKPOINTS["flux", "full"]
     records = [measure.measurement("bf16", checkpoint), Measurement("nf4", latency_s=1.25, run_peak_gb=14.05)]
