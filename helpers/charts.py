@@ -328,18 +328,22 @@ def activity_timeline(
     """
     if not recordings:
         raise ValueError("activity_timeline needs recordings")
-    lanes = [(name, kind) for name in recordings for kind in KINDS]
+    rows = len(KINDS) + 1  # a line for the name above the lanes of each recording
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 0.32 * len(lanes) + 1.3), layout="constrained")
-        for row, (name, kind) in enumerate(lanes):
-            spans = [
-                (max(entry.start_ms, start_ms), min(entry.end_ms, end_ms) - max(entry.start_ms, start_ms))
-                for entry in recordings[name]
-                if entry.kind == kind and entry.end_ms > start_ms and entry.start_ms < end_ms
-            ]
-            axes.broken_barh(spans, (row - 0.4, 0.8), color=COLOURS[KINDS.index(kind)], lw=0)
-        axes.set_yticks(range(len(lanes)), [f"{name}: {kind}" for name, kind in lanes])
-        axes.set_ylim(len(lanes) - 0.4, -0.6)  # first lane on top
+        figure, axes = plt.subplots(figsize=(9, 0.28 * rows * len(recordings) + 1.3), layout="constrained")
+        lanes = {}
+        for index, (name, entries) in enumerate(recordings.items()):
+            axes.text(start_ms, rows * index, name, weight="bold", va="center")
+            for row, kind in enumerate(KINDS, rows * index + 1):
+                spans = [
+                    (max(entry.start_ms, start_ms), min(entry.end_ms, end_ms) - max(entry.start_ms, start_ms))
+                    for entry in entries
+                    if entry.kind == kind and entry.end_ms > start_ms and entry.start_ms < end_ms
+                ]
+                axes.broken_barh(spans, (row - 0.4, 0.8), color=COLOURS[KINDS.index(kind)], lw=0)
+                lanes[row] = kind
+        axes.set_yticks(list(lanes), list(lanes.values()))
+        axes.set_ylim(rows * len(recordings) - 0.4, -0.6)  # first lane on top
         axes.set_xlim(start_ms, end_ms)
         axes.set(xlabel="time (ms)", title=title)
         axes.grid(axis="x", alpha=0.3)

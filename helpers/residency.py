@@ -180,7 +180,9 @@ def _pieces(component: torch.nn.Module) -> Iterator[tuple[Any, str, str, int]]:
                 groups[id(group)] = group  # many modules share one
     for group in groups.values():
         tensors = [tensor for part in group.modules for tensor in (*part.parameters(), *part.buffers())]
-        yield group, "onload_", "offload_", _bytes((*tensors, *group.parameters, *group.buffers))
+        size = _bytes((*tensors, *group.parameters, *group.buffers))
+        if size:  # else nothing comes and goes
+            yield group, "onload_", "offload_", size
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from helpers import cpu_backend, measure, residency
 from helpers.residency import record_residency
@@ -88,6 +88,20 @@ def test_residency_under_group_offload(bf16_pipeline):
     assert size["transformer"] < 0.7 * sizes["transformer"] and moved["transformer"] == 2 * sizes["transformer"]
     assert size["text_encoder_2"] < 0.3 * sizes["text_encoder_2"]
     assert overrides(bf16_pipeline) == set()
+
+
+def test_an_emptied_group_does_not_count(bf16_pipeline):
+    device = measure.accelerator()
+    bf16_pipeline.to(device)
+    transformer = bf16_pipeline.transformer
+    apply_group_offloading(transformer, device, torch.device("cpu"), "block_level", num_blocks_per_group=1)
+    group = HookRegistry.check_if_exists_or_initialize(transformer).get_hook("group_offloading").group
+    group.onload_()
+    group.modules, group.parameters, group.buffers = [], [], []
+    with record_residency(bf16_pipeline) as events:
+        draw(bf16_pipeline, num_inference_steps=1)
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    assert by_component(events, "onloads")["transformer"] == blocks
 
 
 def test_recording_ends_cleanly_after_an_error(bf16_pipeline):
