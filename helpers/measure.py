@@ -405,13 +405,6 @@ class Measurement:
         """Width x height in pixels."""
         return f"{self.width}x{self.height}"
 
-    @property
-    def provenance(self) -> str:
-        """Where, with what, on what and when this was measured, in one line."""
-        drawn = self.resolution if self.frames is None else f"{self.frames} frames of {self.resolution}"
-        repeats = "1 repeat" if self.repeats == 1 else f"{self.repeats} repeats"
-        return f"{self.device}, torch {self.torch}, {drawn}, {self.steps} steps, {repeats}, {self.date}"
-
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self)
@@ -483,6 +476,16 @@ def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> 
 def load_measurements(path: str | Path) -> list[Measurement]:
     """Read what `save_measurements` wrote."""
     return [Measurement.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
+def provenance(measurements: Sequence[Measurement]) -> str:
+    """Where, with what, on what and when these were measured, in one line. All but the dates are those of the first."""
+    first = measurements[0]
+    drawn = first.resolution if first.frames is None else f"{first.frames} frames of {first.resolution}"
+    repeats = "1 repeat" if first.repeats == 1 else f"{first.repeats} repeats"
+    dates = sorted({entry.date for entry in measurements})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{first.device}, torch {first.torch}, {drawn}, {first.steps} steps, {repeats}, {when}"
 
 
 def environment() -> dict[str, str | None]:

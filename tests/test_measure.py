@@ -205,9 +205,10 @@ def test_measurement_says_what_where_and_on_what(bf16_pipeline):
 
 def test_provenance_is_one_line():
     row = Measurement("a", device="card", torch="2.11", height=480, width=832, steps=2, repeats=3, date="2026-01-31")
-    assert row.provenance == "card, torch 2.11, 832x480, 2 steps, 3 repeats, 2026-01-31"
-    clip = replace(row, frames=81, repeats=1)
-    assert clip.provenance == "card, torch 2.11, 81 frames of 832x480, 2 steps, 1 repeat, 2026-01-31"
+    assert measure.provenance([row]) == "card, torch 2.11, 832x480, 2 steps, 3 repeats, 2026-01-31"
+    clips = [replace(row, frames=81, repeats=1), replace(row, date="2026-02-01"), row]
+    when = "2026-01-31 to 2026-02-01"
+    assert measure.provenance(clips) == f"card, torch 2.11, 81 frames of 832x480, 2 steps, 1 repeat, {when}"
 
 
 def test_measurements_survive_a_file(tmp_path):
