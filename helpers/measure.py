@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -476,6 +476,18 @@ def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> 
 def load_measurements(path: str | Path) -> list[Measurement]:
     """Read what `save_measurements` wrote."""
     return [Measurement.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
+def with_distances(measurements: Sequence[Measurement], path: str | Path) -> list[Measurement]:
+    """The measurements, each with the `distance` of the row of its name in another file.
+
+    For random weights, whose pictures are noise: the distance is that of the pocket model's picture.
+
+    Raises:
+        KeyError: the file has no row of that name.
+    """
+    distances = {entry.name: entry.distance for entry in load_measurements(path)}
+    return [replace(entry, distance=distances[entry.name]) for entry in measurements]
 
 
 def provenance(measurements: Sequence[Measurement]) -> str:

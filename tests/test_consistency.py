@@ -1,6 +1,5 @@
 """requirements.txt, pyproject.toml, environment.yml, Makefile and README agree, and so does what is installed."""
 
-import json
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -12,6 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from helpers import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -99,15 +100,15 @@ def test_readme_names_commands_of_the_makefile():
 
 
 README_COLUMNS = {
-    "combination": lambda row: row["name"],
-    "load (s)": lambda row: f"{row['load_s']:.1f}",
-    "first call (s)": lambda row: f"{row['first_call_s']:.1f}",
-    "latency (s)": lambda row: f"{row['latency_s']:.1f}",
-    "step (s)": lambda row: f"{row['step_ms'] / 1e3:.1f}",
-    "load peak (GB)": lambda row: f"{row['load_peak_gb']:.1f}",
-    "run peak (GB)": lambda row: f"{row['run_peak_gb']:.1f}",
-    "the card needs (GB)": lambda row: f"{max(row['load_peak_gb'], row['run_peak_gb']):.1f}",
-    "repeats": lambda row: str(row["repeats"]),
+    "combination": lambda row: row.name,
+    "load (s)": lambda row: f"{row.load_s:.1f}",
+    "first call (s)": lambda row: f"{row.first_call_s:.1f}",
+    "latency (s)": lambda row: f"{row.latency_s:.1f}",
+    "step (s)": lambda row: f"{row.step_ms / 1e3:.1f}",
+    "load peak (GB)": lambda row: f"{row.load_peak_gb:.1f}",
+    "run peak (GB)": lambda row: f"{row.run_peak_gb:.1f}",
+    "the card needs (GB)": lambda row: f"{row.peak_gb:.1f}",
+    "repeats": lambda row: str(row.repeats),
 }
 
 
@@ -117,7 +118,7 @@ def test_readme_results_are_the_recorded_ones():
     tables = re.findall(r"\]\((benchmarks/results/.*?\.json)\).*?\n\n((?:\|[^\n]*\n)+)", readme, re.DOTALL)
     assert len(tables) == 2
     for file, table in tables:
-        rows = {row["name"]: row for row in json.loads((ROOT / file).read_text(encoding="utf-8"))}
+        rows = {row.name: row for row in measure.load_measurements(ROOT / file)}
         header, _, *lines = [line.strip("| \n").split(" | ") for line in table.splitlines()]
         assert len(lines) >= 4
         for cells in lines:

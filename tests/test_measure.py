@@ -218,6 +218,15 @@ def test_measurements_survive_a_file(tmp_path):
     assert measure.load_measurements(tmp_path / "results.json") == records
 
 
+def test_distances_come_by_name(tmp_path):
+    rows = [Measurement("bf16", distance=0.0), Measurement("nf4", distance=2.4)]
+    measure.save_measurements(rows, tmp_path / "pocket.json")
+    big = [Measurement("nf4", latency_s=4.2), Measurement("bf16")]
+    assert measure.with_distances(big, tmp_path / "pocket.json") == [replace(big[0], distance=2.4), rows[0]]
+    with pytest.raises(KeyError):
+        measure.with_distances([Measurement("other")], tmp_path / "pocket.json")
+
+
 def test_unknown_and_missing_fields():
     with pytest.raises(TutorialError, match="latency"):
         Measurement.from_dict({"name": "nf4", "latency": 1})
