@@ -20,6 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 MAX_BYTES = 1_000_000
 MAX_CELL_LINES = 25
 MAX_MEDIAN_LINES = 8
+MAX_OUTPUT_LINES = 40
 TEXT_PER_CODE = (2 / 3, 2)  # text cells for each code cell
 
 # What nbval knows and the design allows. A skipped cell is a cell that nobody tests.
@@ -165,12 +166,15 @@ def check_paths(notebook: NotebookNode) -> list[str]:
 
 
 def check_noise(notebook: NotebookNode) -> list[str]:
-    """Nothing is printed on stderr: a reader has no use for it."""
+    """No output that a reader has no use for: nothing on stderr, nothing pages long, such as the layers of a model."""
     problems = []
     for index, cell in code_cells(notebook):
         for output in cell.outputs:
             if output.output_type == "stream" and output.name == "stderr":
                 problems.append(f"{name(index, cell)} prints on stderr: {output.text.strip().splitlines()[:1]}")
+        lines = max((len(text.splitlines()) for text in output_texts(cell)), default=0)
+        if lines > MAX_OUTPUT_LINES:
+            problems.append(f"{name(index, cell)} has an output of {lines} lines; at most {MAX_OUTPUT_LINES} are read.")
     return problems
 
 

@@ -74,6 +74,8 @@ BREAKS = {
     "paths: of Windows": lambda n: code(n).outputs.append(result("C:\\Users\\me")),
     "paths: printed": lambda n: code(n).outputs.append(new_output("stream", name="stdout", text="at /srv/x")),
     "paths: in a traceback": lambda n: code(n).outputs.append(error() | {"traceback": ["File /home/me/a.py:1"]}),
+    "noise: pages of a result": lambda n: code(n).outputs.append(result("Layer()\n" * 41)),
+    "noise: pages of a print": lambda n: code(n).outputs.append(new_output("stream", name="stdout", text="x\n" * 41)),
     "noise: stderr": lambda n: code(n).outputs.append(new_output("stream", name="stderr", text="Warning\n")),
     "tags: skipped cell": lambda n: code(n).metadata.update(tags=["nbval-skip"]),
     "tags: misspelt": lambda n: code(n).metadata.update(tags=["nbval-ignore"]),
