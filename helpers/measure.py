@@ -81,6 +81,16 @@ def free_memory() -> float:
     return memory_gb()
 
 
+def weights_alive_gb() -> float:
+    """GB of the parameters that something still refers to, on any device: after `free_memory` it should be 0.
+
+    It counts on a CPU too, where `memory_gb` cannot tell weights from the rest of the process.
+    """
+    # By their type: asking an object itself, as isinstance does, would wake what is imported lazily.
+    weights = [entry for entry in gc.get_objects() if issubclass(type(entry), torch.nn.Parameter)]
+    return sum(weight.nbytes for weight in weights if weight.device.type != "meta") / GB
+
+
 def footprint(module: torch.nn.Module) -> dict[str, int]:
     """Bytes of the weights of `module` by kind, largest first: a dtype such as "bfloat16", "nf4", or "quant_state".
 
@@ -556,7 +566,14 @@ def run_in_fresh_process(
             written to stderr here.
     """
     name = function if isinstance(function, str) else function.__name__
-    job = {"arguments": arguments or {}, "sys_path": sys.path, **_locate(function)}
+    return _run_in_fresh_process(name, function, arguments or {}, timeout_s)
+
+
+def _run_in_fresh_process(
+    name: str, function: Callable[..., Any] | str, arguments: dict[str, Any], timeout_s: float
+) -> Any:
+    """`run_in_fresh_process`, with the name that its errors use."""
+    job = {"arguments": arguments, "sys_path": sys.path, **_locate(function)}
     try:
         with tempfile.TemporaryDirectory() as folder:
             job_file = Path(folder, "job.json")
@@ -610,7 +627,7 @@ def measure_in_fresh_process(
         "warmups": warmups,
         "picture": None if picture is None else str(Path(picture).absolute()),
     }
-    return run_in_fresh_process("helpers.measure:_load_and_run", job, timeout_s)
+    return _run_in_fresh_process(name, "helpers.measure:_load_and_run", job, timeout_s)
 
 
 def _load_and_run(
@@ -683,7 +700,7 @@ def _explain_failure(name: str, returncode: int, stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit status {returncode}"]
     # The first line of the last error: its message may go on for many.
     errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
-    last = (errors or lines)[-1]
+    last = (errors or lines)[-1].partition(" Stack trace:")[0]  # torch's errors about CUDA graphs go on with one
     prefix = f"{TutorialError.__module__}.{TutorialError.__name__}: "
     if last.startswith(prefix):
         return last.removeprefix(prefix)

@@ -300,6 +300,30 @@ def test_failure_in_another_process(capfd):
     assert "got this far" in captured.out and "Traceback" in captured.err
 
 
+def test_weights_alive_counts_what_a_forgotten_name_keeps():
+    measure.free_memory()
+    before = measure.weights_alive_gb()
+    layer = torch.nn.Linear(1000, 1000, bias=False)
+    kept = torch.nn.Sequential(layer)
+    assert measure.weights_alive_gb() == pytest.approx(before + 0.004)  # one weight, though two names lead to it
+    del layer
+    assert measure.weights_alive_gb() == pytest.approx(before + 0.004)
+    del kept
+    measure.free_memory()
+    assert measure.weights_alive_gb() == pytest.approx(before)
+
+
+def test_failed_measurement_has_its_own_name_and_no_stack_trace(capfd):
+    def fail():
+        raise RuntimeError('Error: overwritten by a subsequent run. Stack trace: File "/home/reader/model.py", line 1')
+
+    with pytest.raises(TutorialError) as caught:
+        measure.measure_in_fresh_process(fail, CHECKPOINTS["flux", "pocket"], "recipe 1")
+    sentence = "recipe 1 failed in its own process: RuntimeError: Error: overwritten by a subsequent run"
+    assert str(caught.value) == f"{sentence}; see the output above."
+    assert "/home/reader/model.py" in capfd.readouterr().err
+
+
 def test_success_in_another_process_shows_nothing(capfd):
     def noisy():
         import sys
