@@ -37,7 +37,8 @@ COLUMNS = {
     "load_s": ".1f", "first_call_s": ".1f", "latency_s": ".2f", "spread_s": ".2f", "step_ms": ".0f",
     "load_peak_gb": ".2f", "run_peak_gb": ".2f", "peak_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
 }  # fmt: skip
-NAME_WIDTH = max(map(len, strategies.COMBINATIONS))
+NAMES = (*strategies.COMBINATIONS, *strategies.VARIANTS)
+NAME_WIDTH = max(map(len, NAMES))
 SETTINGS = ("height", "width", "num_frames", "num_inference_steps")
 PROMPT = "a lighthouse on a cliff in a storm"
 Image.MAX_IMAGE_PIXELS = None  # the frames of a video in a row are a large picture, and our own
@@ -48,7 +49,7 @@ def main() -> None:
     args = parse()
     sys.stdout.reconfigure(line_buffering=True)  # each row shows at once in a file or a pipe, too
     if args.list:
-        print("\n".join(strategies.COMBINATIONS))
+        print("\n".join(NAMES))
         return
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -72,7 +73,9 @@ def parse() -> argparse.Namespace:
     )
     default = "pocket-flux" if measure.accelerator().type == "cpu" else "random-flux"
     parser.add_argument("--checkpoint", default=default, help=f"folder, repository id, or name; here {default}")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="combinations that contain a TEXT")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="what contains a TEXT, of all that --list names"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of all combinations and stop")
     parser.add_argument("--prompt", help="what to draw")
     parser.add_argument("--height", type=at_least(1), help="pixels")
@@ -104,7 +107,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         TutorialError: the checkpoint, the names or the disk are not as they must be, or every combination failed.
     """
-    names = [name for name in strategies.COMBINATIONS if any(text in name for text in args.only)]
+    names = list(strategies.COMBINATIONS)
+    if args.only:
+        names = [name for name in NAMES if any(text in name for text in args.only)]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     checkpoint = choose_checkpoint(args)
@@ -333,8 +338,7 @@ def draw_chart(rows: list[measure.Measurement], file: Path) -> None:
 
 def rank(name: str) -> int:
     """Place of a combination in the table; last for one that an older version measured."""
-    names = list(strategies.COMBINATIONS)
-    return names.index(name) if name in names else len(names)
+    return NAMES.index(name) if name in NAMES else len(NAMES)
 
 
 def unique_name(path: str) -> str:

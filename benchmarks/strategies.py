@@ -5,11 +5,13 @@ Each strategy is one small function, made of the calls that the lessons teach. A
 those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/speed-memory-optims, as it has them.
 """
 
+from functools import partial
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from benchmarks.models import Model
 from helpers import cpu_backend, measure
@@ -76,32 +78,43 @@ def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
     _move_rest(pipeline, model.text_encoders)
 
 
-def offload_leaves(pipeline: DiffusionPipeline, model: Model) -> None:
+def offload_leaves(pipeline: DiffusionPipeline, model: Model, record_stream: bool = False) -> None:
     """Denoisers, VAE and text encoders layer by layer, the next one copied while one computes. As in recipe 3."""
-    offloaded = (*model.denoisers, *model.text_encoders, *model.vaes)
-    for name in offloaded:
-        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
-    _move_rest(pipeline, offloaded)
-
-
-def offload_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
-    """The denoisers block by block; VAE and text encoders layer by layer."""
-    stream = _stream()
     for name in model.denoisers:
-        record = {"record_stream": True} if stream["use_stream"] else {}
-        keep_unquantized_outside_blocks(getattr(pipeline, name))
-        _group_offload(getattr(pipeline, name), offload_type="block_level", num_blocks_per_group=1, **stream, **record)
+        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream(record_stream))
+    _offload_all_but_denoisers(pipeline, model)
+
+
+def offload_blocks(
+    pipeline: DiffusionPipeline, model: Model, record_stream: bool = True, rest_stays: bool = False
+) -> None:
+    """The denoisers block by block; VAE and text encoders layer by layer.
+
+    `rest_stays` leaves what a denoiser has outside its blocks on the accelerator.
+    """
+    for name in model.denoisers:
+        denoiser = getattr(pipeline, name)
+        keep_unquantized_outside_blocks(denoiser)
+        _group_offload(denoiser, offload_type="block_level", num_blocks_per_group=1, **_stream(record_stream))
+        if rest_stays:
+            keep_rest_on_card(denoiser)
+    _offload_all_but_denoisers(pipeline, model)
+
+
+def _offload_all_but_denoisers(pipeline: DiffusionPipeline, model: Model) -> None:
+    """VAE and text encoders layer by layer; what is left, if anything, on the accelerator."""
     rest = (*model.text_encoders, *model.vaes)
     for name in rest:
-        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **stream)
+        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
     _move_rest(pipeline, (*model.denoisers, *rest))
 
 
-def _stream() -> dict:
+def _stream(record_stream: bool = False) -> dict:
     """Copies in a stream of their own, where there is an accelerator: a CPU has no streams."""
     device = measure.accelerator()
     has_stream = device.type != "cpu"
-    return {"onload_device": device, "offload_device": CPU, "use_stream": has_stream, "non_blocking": has_stream}
+    stream = {"use_stream": has_stream, "non_blocking": has_stream, "record_stream": has_stream and record_stream}
+    return {"onload_device": device, "offload_device": CPU, **stream}
 
 
 def _group_offload(module: torch.nn.Module, **settings) -> None:
@@ -138,6 +151,17 @@ def keep_unquantized_outside_blocks(denoiser: torch.nn.Module) -> None:
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
             plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
             denoiser.set_submodule(name, plain)
+
+
+def keep_rest_on_card(denoiser: torch.nn.Module) -> None:
+    """Bring what block-level group offload moves outside the blocks to the accelerator, and let it stay there.
+
+    diffusers has no setting for it: the group of these layers has no stream and comes before each forward. It is a list
+    of modules, which is emptied here. The layers must be unquantized.
+    """
+    group = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook("group_offloading").group
+    group.onload_()
+    group.modules, group.parameters, group.buffers = [], [], []
 
 
 def _move_rest(pipeline: DiffusionPipeline, offloaded: tuple[str, ...]) -> None:
@@ -229,6 +253,9 @@ PLACEMENTS = {
     "text encoders offloaded": offload_text_encoders,
     "leaf group offload": offload_leaves,
     "block group offload": offload_blocks,
+    "leaf group offload with record_stream": partial(offload_leaves, record_stream=True),
+    "block group offload without record_stream": partial(offload_blocks, record_stream=False),
+    "block group offload with the rest on the card": partial(offload_blocks, rest_stays=True),
 }
 COMPILATIONS = {
     "eager": run_eagerly,
@@ -257,6 +284,12 @@ COMBINATIONS = (
     "recipe 1",
     "recipe 2",
     "recipe 3",
+)
+# Settings of group offload, measured when they are asked for by name.
+VARIANTS = (
+    "saved nf4, leaf group offload with record_stream, eager",
+    "saved nf4, block group offload without record_stream, compiled inside",
+    "saved nf4, block group offload with the rest on the card, compiled inside",
 )
 
 

@@ -117,6 +117,8 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     leaves, nf4 = run("saved nf4, leaf group offload, eager")
     assert nf4 == set(model.quantized) and 0 < (leaves - reference).abs().mean() < 0.1
     torch.testing.assert_close(run("saved nf4, block group offload, eager")[0], leaves)
+    stays = "saved nf4, block group offload with the rest on the card, eager"
+    torch.testing.assert_close(run(stays)[0], leaves)
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only
@@ -141,7 +143,7 @@ def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
 
 
 def test_combinations_are_made_of_strategies():
-    for name in strategies.COMBINATIONS:
+    for name in (*strategies.COMBINATIONS, *strategies.VARIANTS):
         if name not in strategies.RECIPES:
             start, placement, compilation = name.split(", ")
             assert start in strategies.STARTS and placement in strategies.PLACEMENTS
@@ -210,7 +212,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, processes, monkeypa
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
     assert run(monkeypatch, *options) == ""
     rows = results(tmp_path / "r")
-    assert list(rows) == [name for name in strategies.COMBINATIONS if "eager" in name]
+    assert list(rows) == [name for name in program.NAMES if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
     assert failed == {name for name in rows if name.startswith(("bf16", "saved"))}
     assert processes.measured.count("save") == 1  # not once for each combination
@@ -272,7 +274,7 @@ def test_a_stop_keeps_what_was_measured(stop, at, checkpoint, processes, monkeyp
     processes.failures, processes.measured = {}, []
     assert run(monkeypatch, *options) == ""
     assert ("save" in processes.measured) == (at == "save")
-    assert len(results(tmp_path / "r")) == 5
+    assert len(results(tmp_path / "r")) == 6
 
 
 def test_half_saved_weights_are_never_used(checkpoint, processes, tmp_path, cache):

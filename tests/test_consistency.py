@@ -107,7 +107,7 @@ README_COLUMNS = {
     "step (s)": lambda row: f"{row.step_ms / 1e3:.1f}",
     "load peak (GB)": lambda row: f"{row.load_peak_gb:.1f}",
     "run peak (GB)": lambda row: f"{row.run_peak_gb:.1f}",
-    "the card needs (GB)": lambda row: f"{row.peak_gb:.1f}",
+    "larger peak (GB)": lambda row: f"{row.peak_gb:.1f}",
     "repeats": lambda row: str(row.repeats),
 }
 

@@ -4,24 +4,25 @@ Only what must differ on this machine is replaced, listed in `HERE`; blocks are 
 """
 
 import functools
-import json
 import os
-import re
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from notebook_checks import ROOT
 from PIL import Image
 
+from benchmarks import programs
 from helpers import cpu_backend, measure, quality
+from helpers.checkpoints import PACKAGE_ROOT
+from helpers.errors import TutorialError
 
 DEVICE = measure.accelerator()
 STREAM = DEVICE.type != "cpu"
 HERE = {
-    '"black-forest-labs/FLUX.1-dev"': repr(str(ROOT / "checkpoints" / "pocket-flux")),
-    '"Wan-AI/Wan2.1-T2V-14B-Diffusers"': repr(str(ROOT / "checkpoints" / "pocket-wan")),
+    '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),
+    '"Wan-AI/Wan2.1-T2V-14B-Diffusers"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-wan")),
     '"cuda"': repr(DEVICE.type),
     "use_stream=True": f"use_stream={STREAM}",
     '"use_stream": True': f'"use_stream": {STREAM}',
@@ -35,40 +36,6 @@ HERE = {
     '\npipeline("': '\ntorch.manual_seed(0)\npipeline("',
     "\nframes = pipeline(": "\ntorch.manual_seed(0)\nframes = pipeline(",
 }
-
-
-def blocks(lesson):
-    cells = json.loads((ROOT / "notebooks" / f"{lesson}.ipynb").read_text())["cells"]
-    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    return [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-
-
-FLUX_SAVE, FLUX_8, FLUX_12, FLUX_6 = blocks("02_model_cpu_offload")
-FLUX_REST_STAYS, WAN_SAVE, WAN_8, WAN_24, WAN_16, WAN_12 = blocks("03_group_offload_video")
-
-
-def without(code, start, end):
-    """`code` in three parts: before the line that begins with `start`, up to that with `end`, and from there on."""
-    first, last = code.index(f"\n{start}") + 1, code.index(f"\n{end}") + 1
-    assert first < last
-    return code[:first], code[first:last], code[last:]
-
-
-def flux_programs():
-    load, _, compile_and_draw = without(FLUX_8, "pipeline.enable_model_cpu_offload", "pipeline.transformer.compile")
-    draw = without(FLUX_8, "pipeline.enable_model_cpu_offload", 'pipeline("')[2]
-    yield "8 GB", FLUX_8
-    yield "12 GB", load + FLUX_12 + compile_and_draw
-    yield "6 GB", load + FLUX_6 + draw
-    yield "the rest stays", load + FLUX_REST_STAYS + draw
-
-
-def wan_programs():
-    load, _, draw = without(WAN_8, "for part in parts.values()", "prompt = ")
-    yield "8 GB", WAN_8
-    yield "24 GB", load + WAN_24 + draw
-    yield "16 GB", load + WAN_16 + draw
-    yield "12 GB", load + WAN_12 + draw
 
 
 def run(code):
@@ -90,15 +57,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_each_replacement_still_finds_something():
-    everything = "\n".join([*blocks("02_model_cpu_offload"), *blocks("03_group_offload_video")])
+    everything = "\n".join(block for lesson in programs.LESSONS.values() for block in programs.blocks(lesson))
     for theirs in HERE:
         assert theirs in everything, f"{theirs} is in no program any more"
 
 
 def test_flux_programs_draw_the_same(folder):
-    run(FLUX_SAVE)
+    run(programs.saving_programs()["flux"])
     pictures = {}
-    for name, code in flux_programs():
+    for name, code in programs.drawing_programs()["flux"].items():
         run(code)
         pictures[name] = Image.open(folder / "cat.png").copy()
         (folder / "cat.png").unlink()
@@ -110,9 +77,9 @@ def test_flux_programs_draw_the_same(folder):
 
 
 def test_wan_programs_draw_the_same(folder):
-    run(WAN_SAVE)
+    run(programs.saving_programs()["wan"])
     clips = {}
-    for name, code in wan_programs():
+    for name, code in programs.drawing_programs()["wan"].items():
         clips[name] = run(code)["frames"]
         assert (folder / "output.mp4").stat().st_size > 1000
         (folder / "output.mp4").unlink()
@@ -120,3 +87,34 @@ def test_wan_programs_draw_the_same(folder):
     assert first.shape == (17, 96, 96, 3) and first.std() > 0.04
     for name, clip in clips.items():
         assert quality.video_distance(clip, first) < 3, name
+
+
+@pytest.mark.parametrize("model", programs.LESSONS)
+def test_a_program_under_a_limit_draws_twice(model, monkeypatch):
+    """With what it runs replaced: the limit itself needs a GPU."""
+    calls, limits = [], []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    for card, program in programs.drawing_programs()[model].items():
+        code = programs.under_limit(model, program, "/saved", 8, segments=True, steps=2)
+        assert code.index("PYTORCH_ALLOC_CONF") < code.index("import torch") and "'/saved'" in code, card
+        without = programs.under_limit(model, program, "/saved", 8, segments=False, steps=None)
+        assert "PYTORCH_ALLOC_CONF" not in without and "num_inference_steps" not in without, card
+        # All but the lines that load and draw: the limit before them, the report after.
+        load, draw = code.split(programs.DRAW[model])[0], code.split(programs.DRAW[model])[1:]
+        assert len(draw) == 2 and all("num_inference_steps=2)" in part for part in draw), card
+        exec(load.split("\nfrom diffusers")[0], {})
+    assert limits == [0.5] * len(programs.drawing_programs()[model]) and not calls
+
+
+def test_a_program_that_does_not_fit_is_a_row_and_another_failure_is_an_error(capfd):
+    fits = 'import json; print("noise"); print(json.dumps({"call_s": 1.0}))'
+    assert programs.run(fits) == {"fits": True, "call_s": 1.0}
+    message = "6.51 GiB is allocated by PyTorch, and 388.12 MiB is reserved by PyTorch but unallocated. If reserved"
+    row = programs.run(f"class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError({message!r})")
+    assert row["fits"] is False and row["call_s"] is None
+    assert (row["allocated_gb"], row["reserved_gb"]) == pytest.approx((6.99, 7.40), abs=0.01)
+    with pytest.raises(TutorialError, match="ValueError: no such folder"):
+        programs.run("raise ValueError('no such folder')")
+    assert "Traceback" in capfd.readouterr().err

@@ -6,11 +6,13 @@ import pytest
 import tiny_pipelines
 import torch
 from bitsandbytes.nn import Linear4bit
+from conftest import draw
 from diffusers import WanTransformer3DModel
 
 from benchmarks import models, strategies
-from helpers import cpu_backend
+from helpers import cpu_backend, measure
 from helpers.checkpoints import PACKAGE_ROOT
+from helpers.residency import record_residency
 
 PATH = str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")
 
@@ -56,6 +58,23 @@ def test_group_offload_sends_the_quant_states_to_the_accelerator(strategy, monke
     getattr(strategies, strategy)(pipeline, model)
     assert pipeline.text_encoder_2 in sent
     assert (pipeline.transformer in sent) == (strategy != "offload_text_encoders")
+
+
+def test_the_rest_stays_and_only_blocks_move():
+    cpu_backend.enable()
+    model = models.find_model(PATH)
+    moved = {}
+    for placement in ("block group offload", "block group offload with the rest on the card"):
+        pipeline = strategies.quantize_at_load(model)
+        strategies.PLACEMENTS[placement](pipeline, model)
+        with record_residency(pipeline) as events:
+            draw(pipeline, num_inference_steps=1)
+        moved[placement] = sum(event.moved_bytes for event in events if event.component == "transformer")
+    lists = (pipeline.transformer.transformer_blocks, pipeline.transformer.single_transformer_blocks)
+    blocks = sum(sum(measure.footprint(block).values()) for block in lists)
+    outside = sum(measure.footprint(pipeline.transformer).values()) - blocks
+    everything, without_the_rest = moved.values()
+    assert everything - without_the_rest == outside > 0
 
 
 def test_saved_weights_are_loaded_once_and_where_they_were_sent(tmp_path, monkeypatch):
