@@ -38,7 +38,6 @@ COLUMNS = {
     "load_peak_gb": ".2f", "run_peak_gb": ".2f", "peak_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
 }  # fmt: skip
 NAMES = (*strategies.COMBINATIONS, *strategies.VARIANTS)
-NAME_WIDTH = max(map(len, NAMES))
 SETTINGS = ("height", "width", "num_frames", "num_inference_steps")
 PROMPT = "a lighthouse on a cliff in a storm"
 Image.MAX_IMAGE_PIXELS = None  # the frames of a video in a row are a large picture, and our own
@@ -125,9 +124,10 @@ def run(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TutorialError(f"{folder} cannot be written ({error.strerror}): name another folder.") from None
-    print(heading())
+    width = max(map(len, [*names, *(row.name for row in rows)]))
+    print(heading(width))
     for row in rows:
-        print(line(row))
+        print(line(row, width))
     saved, fault = "", ""
     bar = tqdm(todo, unit="combination", disable=None)  # a terminal shows it, a file does not
     for name in bar:
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         row = compare(row, rows, pictures)
         rows = sorted([*rows, row], key=lambda row: rank(row.name))
         save(rows, file)
-        tqdm.write(line(row))
+        tqdm.write(line(row, width))
     draw_chart(rows, file)
     if all(row.failure for row in rows if row.name in names):
         raise TutorialError("None of these combinations could be measured: the table says why, for each.")
@@ -299,19 +299,19 @@ def save(rows: list[measure.Measurement], file: Path) -> None:
         raise TutorialError(f"{file} cannot be written ({error.strerror}): free some space and run again.") from None
 
 
-def heading() -> str:
-    """The first line of the table."""
-    return "  ".join(["name".ljust(NAME_WIDTH), *COLUMNS])
+def heading(width: int) -> str:
+    """The first line of the table; `width` is that of the names, in characters."""
+    return "  ".join(["name".ljust(width), *COLUMNS])
 
 
-def line(row: measure.Measurement) -> str:
+def line(row: measure.Measurement, width: int) -> str:
     """One line of the table."""
     if row.failure is not None:
-        return f"{row.name:{NAME_WIDTH}}  failed: {row.failure}"
+        return f"{row.name:{width}}  failed: {row.failure}"
     figures = {column: getattr(row, column) for column in COLUMNS}
     cells = [charts.MISSING if value is None else format(value, COLUMNS[name]) for name, value in figures.items()]
     return "  ".join(
-        [row.name.ljust(NAME_WIDTH), *(cell.rjust(len(name)) for name, cell in zip(COLUMNS, cells, strict=True))]
+        [row.name.ljust(width), *(cell.rjust(len(name)) for name, cell in zip(COLUMNS, cells, strict=True))]
     )
 
 
