@@ -12,11 +12,14 @@ allocated and reserved when the memory ran out.
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tqdm import tqdm
 
 from benchmarks.__main__ import RESULTS, slug
 from helpers import measure
@@ -94,8 +97,11 @@ def run(program: str) -> dict:
     Raises:
         TutorialError: it failed, but not for want of GPU memory.
     """
+    command = [sys.executable, "-c", program]
+    path = os.pathsep.join([str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])  # one imports benchmarks.strategies
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
+        environment = os.environ | {"PYTHONPATH": path.strip(os.pathsep)}
+        process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     if process.returncode == 0:
         return {"fits": True} | json.loads(process.stdout.splitlines()[-1])
     if "OutOfMemoryError" in process.stderr:
@@ -127,6 +133,10 @@ def main() -> None:
         measure_programs(args)
     except TutorialError as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"Stopped by the system ({error.strerror}): free some space; what was measured is kept.")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. What was measured is kept.")
 
 
 def measure_programs(args: argparse.Namespace) -> None:
@@ -143,7 +153,7 @@ def measure_programs(args: argparse.Namespace) -> None:
     if args.card is not None and args.card not in programs:
         raise TutorialError(f"There is no program for {args.card!r}: choose one of {', '.join(programs)}.")
     file = RESULTS / f"limits_{slug(measure.device_name())}.json"
-    for card in [args.card] if args.card else list(programs):
+    for card in tqdm([args.card] if args.card else list(programs), unit="program", disable=None):
         row = {"model": args.model, "card": card, "limit_gb": args.limit, "expandable_segments": not args.no_segments}
         program = under_limit(
             args.model, programs[card], str(args.saved.resolve()), args.limit, not args.no_segments, args.steps
@@ -151,7 +161,7 @@ def measure_programs(args: argparse.Namespace) -> None:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         rows = [other for other in rows if any(other[key] != value for key, value in row.items())]
         row |= run(program) | {"steps": args.steps, **measure.environment(), "date": str(datetime.date.today())}
-        print(row)
+        tqdm.write(str(row))
         file.write_text(json.dumps([*rows, row], indent=2) + "\n", encoding="utf-8")
 
 

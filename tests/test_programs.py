@@ -109,7 +109,7 @@ def test_a_program_under_a_limit_draws_twice(model, monkeypatch):
 
 
 def test_a_program_that_does_not_fit_is_a_row_and_another_failure_is_an_error(capfd):
-    fits = 'import json; print("noise"); print(json.dumps({"call_s": 1.0}))'
+    fits = 'import json, benchmarks.models; print("noise"); print(json.dumps({"call_s": 1.0}))'
     assert programs.run(fits) == {"fits": True, "call_s": 1.0}
     message = "6.51 GiB is allocated by PyTorch, and 388.12 MiB is reserved by PyTorch but unallocated. If reserved"
     row = programs.run(f"class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError({message!r})")
