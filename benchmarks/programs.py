@@ -29,7 +29,11 @@ from helpers.errors import TutorialError
 LESSONS = {"flux": "02_model_cpu_offload", "wan": "03_group_offload_video"}
 SAVED = {"flux": '"nf4-flux"', "wan": '"nf4-wan"'}
 DRAW = {"flux": '\npipeline("', "wan": "\nprompt = "}  # how the line begins from which on a program draws
+CALL = {"flux": 'California")', "wan": "num_frames=81)"}  # how its call of the pipeline ends
 SEGMENTS = 'import os\n\nos.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"'
+OUT_OF_MEMORY = (
+    r"([\d.]+) ([MG])iB is allocated by PyTorch, and ([\d.]+) ([MG])iB is reserved by PyTorch but unallocated"
+)
 LIMIT = """
 import torch
 _total = torch.cuda.get_device_properties(0).total_memory
@@ -83,16 +87,15 @@ def under_limit(model: str, program: str, saved: str, limit_gb: float, segments:
     `segments` keeps its line that asks the allocator for expandable segments, or puts it there.
     """
     if steps is not None:
-        program = program.replace('California")', f'California", num_inference_steps={steps})')
-        program = program.replace("num_frames=81)", f"num_frames=81, num_inference_steps={steps})")
+        program = program.replace(CALL[model], f"{CALL[model][:-1]}, num_inference_steps={steps})")
     load, draw = program.split(DRAW[model])
     first = SEGMENTS if segments else ""
     load = load.replace(SEGMENTS, "").replace(SAVED[model], repr(saved))
     return first + LIMIT.format(limit=limit_gb) + load + DRAW[model] + draw + REPORT.format(draw=DRAW[model] + draw)
 
 
-def run(program: str) -> dict:
-    """What the program reports at its end, and whether it fits; run in an empty folder.
+def run(name: str, program: str) -> dict:
+    """What the program reports at its end, and whether it fits; run in an empty folder. Errors call it `name`.
 
     Raises:
         TutorialError: it failed, but not for want of GPU memory.
@@ -104,19 +107,13 @@ def run(program: str) -> dict:
         process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     if process.returncode == 0:
         return {"fits": True} | json.loads(process.stdout.splitlines()[-1])
-    if "OutOfMemoryError" in process.stderr:
-        allocated, unused = _sizes(process.stderr)
-        return {"fits": False, "allocated_gb": allocated, "reserved_gb": allocated + unused, "call_s": None}
-    print(process.stderr, file=sys.stderr)
-    raise TutorialError(f"The program failed: {process.stderr.strip().splitlines()[-1]}")
-
-
-def _sizes(message: str) -> list[float]:
-    """GB that torch's error says are allocated, and reserved but not allocated."""
-    pattern = r"([\d.]+) ([MG])iB is allocated by PyTorch, and ([\d.]+) ([MG])iB is reserved by PyTorch but unallocated"
-    allocated, unit, unused, other_unit = re.search(pattern, message).groups()
-    size = {"M": 2**20 / 1e9, "G": 2**30 / 1e9}
-    return [float(allocated) * size[unit], float(unused) * size[other_unit]]
+    sizes = re.search(OUT_OF_MEMORY, process.stderr)
+    if sizes is None:
+        print(process.stderr, file=sys.stderr)
+        raise TutorialError(measure.explain_failure(name, process.returncode, process.stderr))
+    unit_gb = {"M": 2**20 / 1e9, "G": 2**30 / 1e9}
+    allocated, unused = (float(sizes[index]) * unit_gb[sizes[index + 1]] for index in (1, 3))
+    return {"fits": False, "allocated_gb": allocated, "reserved_gb": allocated + unused, "call_s": None}
 
 
 def main() -> None:
@@ -160,9 +157,13 @@ def measure_programs(args: argparse.Namespace) -> None:
         )
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         rows = [other for other in rows if any(other[key] != value for key, value in row.items())]
-        row |= run(program) | {"steps": args.steps, **measure.environment(), "date": str(datetime.date.today())}
+        row |= run(f"The program for {card}", program) | {
+            "steps": args.steps,
+            **measure.environment(),
+            "date": str(datetime.date.today()),
+        }
         tqdm.write(str(row))
-        file.write_text(json.dumps([*rows, row], indent=2) + "\n", encoding="utf-8")
+        measure.write_json([*rows, row], file)
 
 
 if __name__ == "__main__":

@@ -474,11 +474,16 @@ def measurement(
 
 def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> None:
     """Write measurements to a JSON file, one object each."""
-    text = json.dumps([entry.to_dict() for entry in measurements], indent=2)
+    write_json([entry.to_dict() for entry in measurements], path)
+
+
+def write_json(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Write rows to a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was."""
+    text = json.dumps(rows, indent=2)
     part = Path(path).with_suffix(".part")
     try:
         part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)  # in one go: a stop half-way loses nothing
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -553,27 +558,23 @@ def _driver_version() -> str | None:
 
 
 def run_in_fresh_process(
-    function: Callable[..., Any] | str, arguments: dict[str, Any] | None = None, timeout_s: float = 1800
+    function: Callable[..., Any] | str,
+    arguments: dict[str, Any] | None = None,
+    timeout_s: float = 1800,
+    name: str | None = None,
 ) -> Any:
     """Call `function` in a new Python process, so that no memory, cache or peak of this one is in its figures.
 
     `function` is "module:function", or a function; one that is defined in a notebook or a script travels as its source,
     so it must import what it uses in its body. `arguments` are keyword arguments, and they and the result must fit in
-    JSON; a `Measurement` as the result comes back as one.
+    JSON; a `Measurement` as the result comes back as one. Errors call it `name`, or by the name of the function.
 
     Raises:
         TutorialError: the process failed, ran out of memory or took longer than `timeout_s`. What it wrote to stderr is
             written to stderr here.
     """
-    name = function if isinstance(function, str) else function.__name__
-    return _run_in_fresh_process(name, function, arguments or {}, timeout_s)
-
-
-def _run_in_fresh_process(
-    name: str, function: Callable[..., Any] | str, arguments: dict[str, Any], timeout_s: float
-) -> Any:
-    """`run_in_fresh_process`, with the name that its errors use."""
-    job = {"arguments": arguments, "sys_path": sys.path, **_locate(function)}
+    name = name or (function if isinstance(function, str) else function.__name__)
+    job = {"arguments": arguments or {}, "sys_path": sys.path, **_locate(function)}
     try:
         with tempfile.TemporaryDirectory() as folder:
             job_file = Path(folder, "job.json")
@@ -595,7 +596,7 @@ def _run_in_fresh_process(
         ) from None
     print(process.stdout, end="")
     print(process.stderr, end="", file=sys.stderr)
-    raise TutorialError(_explain_failure(name, process.returncode, process.stderr))
+    raise TutorialError(explain_failure(name, process.returncode, process.stderr))
 
 
 def measure_in_fresh_process(
@@ -627,7 +628,7 @@ def measure_in_fresh_process(
         "warmups": warmups,
         "picture": None if picture is None else str(Path(picture).absolute()),
     }
-    return _run_in_fresh_process(name, "helpers.measure:_load_and_run", job, timeout_s)
+    return run_in_fresh_process("helpers.measure:_load_and_run", job, timeout_s, name)
 
 
 def _load_and_run(
@@ -687,8 +688,8 @@ def _locate(function: Callable[..., Any] | str) -> dict[str, str]:
     return {"source": textwrap.dedent(inspect.getsource(function)), "function": function.__name__}
 
 
-def _explain_failure(name: str, returncode: int, stderr: str) -> str:
-    """One sentence for a process that failed."""
+def explain_failure(name: str, returncode: int, stderr: str) -> str:
+    """One sentence for a process that failed, by its exit status and what it wrote to stderr."""
     if returncode < 0:
         reason = signal.Signals(-returncode).name
         if reason == "SIGKILL":

