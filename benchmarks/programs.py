@@ -66,19 +66,18 @@ def drawing_programs() -> dict[str, dict[str, str]]:
     """The programs that draw, put together as the lessons say: for each model, by the card they are for."""
     _, flux_8, flux_12, flux_6 = blocks(LESSONS["flux"])
     rest_stays, _, wan_8, wan_24, wan_16, wan_12 = blocks(LESSONS["wan"])
-    load, _, compile_and_draw = _cut(flux_8, "pipeline.enable_model_cpu_offload", "pipeline.transformer.compile")
-    draw = _cut(flux_8, "pipeline.enable_model_cpu_offload", 'pipeline("')[2]
+    load, compile_and_draw = _around(flux_8, "pipeline.enable_model_cpu_offload", "pipeline.transformer.compile")
+    load, draw = _around(flux_8, "pipeline.enable_model_cpu_offload", 'pipeline("')
     flux = {"8 GB": flux_8, "12 GB": load + flux_12 + compile_and_draw, "6 GB": load + flux_6 + draw}
-    wan_load, _, wan_draw = _cut(wan_8, "for part in parts.values()", "prompt = ")
+    wan_load, wan_draw = _around(wan_8, "for part in parts.values()", "prompt = ")
     others = {"24 GB": wan_24, "16 GB": wan_16, "12 GB": wan_12}
     wan = {"8 GB": wan_8} | {card: wan_load + program + wan_draw for card, program in others.items()}
     return {"flux": flux | {"the rest stays": load + rest_stays + draw}, "wan": wan}
 
 
-def _cut(program: str, start: str, end: str) -> tuple[str, str, str]:
-    """Three parts: before the line that begins with `start`, from there to that with `end`, and from there on."""
-    first, last = program.index(f"\n{start}") + 1, program.index(f"\n{end}") + 1
-    return program[:first], program[first:last], program[last:]
+def _around(program: str, start: str, end: str) -> tuple[str, str]:
+    """What stands before the line that begins with `start`, and what from the line on that begins with `end`."""
+    return program[: program.index(f"\n{start}") + 1], program[program.index(f"\n{end}") + 1 :]
 
 
 def under_limit(model: str, program: str, saved: str, limit_gb: float, segments: bool, steps: int | None) -> str:
