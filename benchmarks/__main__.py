@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import models, random_checkpoints, strategies
-from helpers import charts, cpu_backend, measure, quality
+from helpers import charts, cpu_backend, devices, processes, quality, records
 from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT, Checkpoint, cache_folder, check_versions
 from helpers.errors import TutorialError
 
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = "pocket-flux" if measure.accelerator().type == "cpu" else "random-flux"
+    default = "pocket-flux" if devices.accelerator().type == "cpu" else "random-flux"
     parser.add_argument("--checkpoint", default=default, help=f"folder, repository id, or name; here {default}")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="what contains a TEXT, of all that --list names"
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = choose_checkpoint(args)
     model = models.find_model(checkpoint.path)
     size = "" if checkpoint.size == "given" else f"-{checkpoint.size}"
-    file = args.results / f"{checkpoint.model}{size}_{slug(measure.device_name())}.json"
+    file = args.results / f"{checkpoint.model}{size}_{slug(devices.device_name())}.json"
     print(f"{args.checkpoint}\n{models.describe(model)}\nresults: {file}\n")
     rows = read_rows(file, checkpoint, names, args)
     todo = [name for name in names if name not in {row.name for row in rows}]
@@ -180,7 +180,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
 
 def read_rows(
     file: Path, checkpoint: Checkpoint, names: list[str], args: argparse.Namespace
-) -> list[measure.Measurement]:
+) -> list[records.Measurement]:
     """The rows of an earlier run that stay: not those of `names` that failed, and with --again none of `names`.
 
     Raises:
@@ -189,11 +189,11 @@ def read_rows(
     if not file.exists():
         return []
     try:
-        rows = measure.load_measurements(file)
+        rows = records.load_measurements(file)
     except (OSError, ValueError, TypeError, AttributeError):
         raise TutorialError(f"{file} cannot be read: delete it, or use another --results folder.") from None
     rows = [row for row in rows if row.name not in names or (row.failure is None and not args.again)]
-    own = measure.environment() | {"seed": checkpoint.seed, "repeats": args.repeats, "warmups": args.warmups}
+    own = devices.environment() | {"seed": checkpoint.seed, "repeats": args.repeats, "warmups": args.warmups}
     now = own | checkpoint.call_arguments
     for row in rows:
         then = {name: getattr(row, name) for name in own} | (row.call or {})
@@ -209,7 +209,7 @@ def read_rows(
 
 def measure_one(
     name: str, checkpoint: Checkpoint, model: models.Model, fault: str, args: argparse.Namespace, pictures: Path
-) -> measure.Measurement:
+) -> records.Measurement:
     """The row of one combination; what goes wrong in it becomes its `failure`. `fault`: why there is no saved nf4."""
     try:
         if model.is_quantized and not name.startswith("saved nf4"):
@@ -219,8 +219,8 @@ def measure_one(
         with tempfile.TemporaryDirectory() as compiled:
             # What one combination compiled must not shorten the first call of the next.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-            return measure.measure_in_fresh_process(
-                "benchmarks.strategies:assemble",
+            return processes.measure_in_fresh_process(
+                strategies.assemble,
                 checkpoint,
                 name,
                 {"name": name, "model": asdict(model)},
@@ -233,10 +233,10 @@ def measure_one(
         failure = f"{name} has no folder to compile in ({error.strerror}): free some space, or set TMPDIR."
     except TutorialError as error:
         failure = str(error)
-    return replace(measure.measurement(name, checkpoint), repeats=args.repeats, warmups=args.warmups, failure=failure)
+    return replace(records.measurement(name, checkpoint), repeats=args.repeats, warmups=args.warmups, failure=failure)
 
 
-def compare(row: measure.Measurement, rows: list[measure.Measurement], pictures: Path) -> measure.Measurement:
+def compare(row: records.Measurement, rows: list[records.Measurement], pictures: Path) -> records.Measurement:
     """The row with the `distance` of its picture to that of the first combination, where both were drawn.
 
     Random weights have none: they turn a difference of one bit into another picture.
@@ -276,7 +276,7 @@ def ensure_saved(model: models.Model) -> tuple[str, str]:
                 "some space or set TUTORIAL_CACHE to a folder on a larger disk."
             )
         job = {"model": asdict(model), "folder": str(part)}
-        measure.run_in_fresh_process("benchmarks.strategies:save_nf4", job)
+        processes.run_in_fresh_process(strategies.save_nf4, job)
         part.rename(folder)  # in one go: what has this name is whole
     except OSError as error:
         return "", f"{folder} cannot be written ({error.strerror}): set TUTORIAL_CACHE to another folder."
@@ -287,14 +287,14 @@ def ensure_saved(model: models.Model) -> tuple[str, str]:
     return str(folder), ""
 
 
-def save(rows: list[measure.Measurement], file: Path) -> None:
+def save(rows: list[records.Measurement], file: Path) -> None:
     """Writes the rows.
 
     Raises:
         TutorialError: the disk is full, or the file cannot be written.
     """
     try:
-        measure.save_measurements(rows, file)
+        records.save_measurements(rows, file)
     except OSError as error:
         raise TutorialError(f"{file} cannot be written ({error.strerror}): free some space and run again.") from None
 
@@ -304,7 +304,7 @@ def heading(width: int) -> str:
     return "  ".join(["name".ljust(width), *COLUMNS])
 
 
-def line(row: measure.Measurement, width: int) -> str:
+def line(row: records.Measurement, width: int) -> str:
     """One line of the table."""
     if row.failure is not None:
         return f"{row.name:{width}}  failed: {row.failure}"
@@ -315,7 +315,7 @@ def line(row: measure.Measurement, width: int) -> str:
     )
 
 
-def draw_chart(rows: list[measure.Measurement], file: Path) -> None:
+def draw_chart(rows: list[records.Measurement], file: Path) -> None:
     """Draws the rows that were measured, beside the JSON file.
 
     Raises:

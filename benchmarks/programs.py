@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.__main__ import RESULTS, slug
-from helpers import measure
+from helpers import devices, processes, records
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
@@ -109,7 +109,7 @@ def run(name: str, program: str) -> dict:
     sizes = re.search(OUT_OF_MEMORY, process.stderr)
     if sizes is None:
         print(process.stderr, file=sys.stderr)
-        raise TutorialError(measure.explain_failure(name, process.returncode, process.stderr))
+        raise TutorialError(processes.explain_failure(name, process.returncode, process.stderr))
     unit_gb = {"M": 2**20 / 1e9, "G": 2**30 / 1e9}
     allocated, unused = (float(sizes[index]) * unit_gb[sizes[index + 1]] for index in (1, 3))
     return {"fits": False, "allocated_gb": allocated, "reserved_gb": allocated + unused, "call_s": None}
@@ -141,14 +141,14 @@ def measure_programs(args: argparse.Namespace) -> None:
     Raises:
         TutorialError: there is no CUDA GPU, no such folder or no such program, or a program fails.
     """
-    if measure.accelerator().type != "cuda":
+    if devices.accelerator().type != "cuda":
         raise TutorialError("A limit on GPU memory needs an NVIDIA GPU, and this machine shows none.")
     if not (args.saved / "model_index.json").is_file():
         raise TutorialError(f"{args.saved} has no saved pipeline: run the lesson's program that saves it first.")
     programs = drawing_programs()[args.model]
     if args.card is not None and args.card not in programs:
         raise TutorialError(f"There is no program for {args.card!r}: choose one of {', '.join(programs)}.")
-    file = RESULTS / f"limits_{slug(measure.device_name())}.json"
+    file = RESULTS / f"limits_{slug(devices.device_name())}.json"
     for card in tqdm([args.card] if args.card else list(programs), unit="program", disable=None):
         row = {"model": args.model, "card": card, "limit_gb": args.limit, "expandable_segments": not args.no_segments}
         program = under_limit(
@@ -158,11 +158,11 @@ def measure_programs(args: argparse.Namespace) -> None:
         rows = [other for other in rows if any(other[key] != value for key, value in row.items())]
         row |= run(f"The program for {card}", program) | {
             "steps": args.steps,
-            **measure.environment(),
+            **devices.environment(),
             "date": str(datetime.date.today()),
         }
         tqdm.write(str(row))
-        measure.write_json([*rows, row], file)
+        records.write_json([*rows, row], file)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from helpers import checkpoints, measure
+from helpers import checkpoints, devices
 from helpers.errors import TutorialError
 
 # The encoders of T5 XXL and UMT5 XXL differ in their vocabulary, and UMT5 has a position bias in each layer.
@@ -221,7 +221,7 @@ def write_component(module: torch.nn.Module, folder: Path, file_size: float, bar
         module.save_config(folder)
         stem = "diffusion_pytorch_model"
 
-    device = measure.accelerator()
+    device = devices.accelerator()
     parameters = dict(module.named_parameters())  # a weight that stands in two places (T5's embedding) comes once
     largest = max(2 * parameter.numel() for parameter in parameters.values())
     if device.type != "cpu" and 3 * largest > torch.accelerator.get_memory_info()[0]:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from benchmarks.models import Model
-from helpers import cpu_backend, measure
+from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -63,12 +63,12 @@ def save_nf4(model: dict, folder: str) -> None:
 
 def put_resident(pipeline: DiffusionPipeline, model: Model) -> None:
     """Everything on the accelerator."""
-    pipeline.to(measure.accelerator())
+    pipeline.to(devices.accelerator())
 
 
 def offload_models(pipeline: DiffusionPipeline, model: Model) -> None:
     """One component on the accelerator at a time."""
-    pipeline.enable_model_cpu_offload(device=measure.accelerator())
+    pipeline.enable_model_cpu_offload(device=devices.accelerator())
 
 
 def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
@@ -111,7 +111,7 @@ def _offload_all_but_denoisers(pipeline: DiffusionPipeline, model: Model) -> Non
 
 def _stream(record_stream: bool = False) -> dict:
     """Copies in a stream of their own, where there is an accelerator: a CPU has no streams."""
-    device = measure.accelerator()
+    device = devices.accelerator()
     has_stream = device.type != "cpu"
     stream = {"use_stream": has_stream, "non_blocking": has_stream, "record_stream": has_stream and record_stream}
     return {"onload_device": device, "offload_device": CPU, **stream}
@@ -119,7 +119,7 @@ def _stream(record_stream: bool = False) -> dict:
 
 def _group_offload(module: torch.nn.Module, **settings) -> None:
     """By diffusers' own method where the component has one: it knows which modules of a VAE belong together."""
-    put_quant_states(module, measure.accelerator())
+    put_quant_states(module, devices.accelerator())
     if hasattr(module, "enable_group_offload"):
         module.enable_group_offload(**settings)
     else:
@@ -165,9 +165,9 @@ def keep_rest_on_card(denoiser: torch.nn.Module) -> None:
 
 
 def _move_rest(pipeline: DiffusionPipeline, offloaded: tuple[str, ...]) -> None:
-    for name, module in measure.component_modules(pipeline).items():
+    for name, module in devices.component_modules(pipeline).items():
         if name not in offloaded:
-            module.to(measure.accelerator())
+            module.to(devices.accelerator())
 
 
 # How the denoiser is compiled
@@ -219,7 +219,7 @@ def _repeated_blocks(denoiser: torch.nn.Module) -> list[str]:
 def recipe_1(model: Model) -> DiffusionPipeline:
     """Quantize and compile. The guide's channels_last is for pictures; a video's convolutions have one of their own."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    pipeline = quantize_at_load(model).to(measure.accelerator())
+    pipeline = quantize_at_load(model).to(devices.accelerator())
     for name in model.denoisers:
         denoiser = getattr(pipeline, name)
         is_video = any(weight.dim() == 5 for weight in denoiser.parameters())

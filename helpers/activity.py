@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.measure import accelerator, environment, synchronize
+from helpers.devices import accelerator, environment, synchronize
 
 KINDS = ("copy to the accelerator", "compute", "copy back")
 

@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from helpers.activity import KINDS, Activity
-from helpers.measure import Measurement
+from helpers.records import Measurement
 from helpers.residency import Residency
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.measure import accelerator, component_modules, footprint
+from helpers.devices import accelerator, component_modules, footprint
 
 
 @dataclass

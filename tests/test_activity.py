@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.activity import Activity, busy_ms, hidden_share, load_activities, record_activity, save_activities
-from helpers.measure import environment
+from helpers.devices import environment
 
 
 def copies(*spans):

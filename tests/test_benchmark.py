@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks import __main__ as program
 from benchmarks import models, strategies
-from helpers import measure
+from helpers import devices, processes, records
 from helpers.errors import TutorialError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
 
     def run(name: str) -> tuple[torch.Tensor, set[str]]:
         pipeline = strategies.assemble(name, arguments)
-        sizes = measure.component_footprints(pipeline)
+        sizes = devices.component_footprints(pipeline)
         return draw(pipeline, family), {part for part in sizes if "nf4" in sizes[part]}
 
     reference, nf4 = run("bf16, resident, eager")
@@ -173,8 +173,8 @@ class Processes:
     def __init__(self, monkeypatch) -> None:
         self.measured = []
         self.failures = {}
-        monkeypatch.setattr(measure, "measure_in_fresh_process", self.measure)
-        monkeypatch.setattr(measure, "run_in_fresh_process", self.save)
+        monkeypatch.setattr(processes, "measure_in_fresh_process", self.measure)
+        monkeypatch.setattr(processes, "run_in_fresh_process", self.save)
 
     def measure(self, load, checkpoint, name, arguments, repeats, warmups, picture, timeout_s):
         self.measured.append(name)
@@ -183,7 +183,7 @@ class Processes:
         Image.new("RGB", (8, 8), (len(self.measured), 0, 0)).save(picture)
         figures = {"load_s": 1.0, "first_call_s": 9.0, "latency_s": 2.0, "footprint_gb": 0.1, "host_peak_gb": 0.5}
         times = {"latencies_s": (2.0,) * repeats, "repeats": repeats, "warmups": warmups}
-        return replace(measure.measurement(name, checkpoint), **figures, **times)
+        return replace(records.measurement(name, checkpoint), **figures, **times)
 
     def save(self, function, arguments):
         self.measured.append("save")
@@ -193,48 +193,48 @@ class Processes:
 
 
 @pytest.fixture
-def processes(monkeypatch, cache) -> Processes:
+def started(monkeypatch, cache) -> Processes:
     return Processes(monkeypatch)
 
 
-def results(folder: Path) -> dict[str, measure.Measurement]:
+def results(folder: Path) -> dict[str, records.Measurement]:
     """The rows of the one JSON file in `folder`."""
     (file,) = folder.glob("*.json")
-    return {row.name: row for row in measure.load_measurements(file)}
+    return {row.name: row for row in records.load_measurements(file)}
 
 
 def out_of_memory():
     raise TutorialError("The accelerator is out of memory: use less.")
 
 
-def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, processes, monkeypatch, tmp_path, capsys):
-    processes.failures = {"bf16, resident, eager": out_of_memory, "save": out_of_memory}
+def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatch, tmp_path, capsys):
+    started.failures = {"bf16, resident, eager": out_of_memory, "save": out_of_memory}
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
     assert run(monkeypatch, *options) == ""
     rows = results(tmp_path / "r")
     assert list(rows) == [name for name in program.NAMES if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
     assert failed == {name for name in rows if name.startswith(("bf16", "saved"))}
-    assert processes.measured.count("save") == 1  # not once for each combination
+    assert started.measured.count("save") == 1  # not once for each combination
     assert list((tmp_path / "cache" / "saved-nf4").iterdir()) == []
     printed = capsys.readouterr().out
     assert printed.count("out of memory") == len(failed) and "nf4, resident, eager" in printed
     assert (tmp_path / "r").joinpath(next((tmp_path / "r").glob("*.json")).with_suffix(".png")).exists()
 
     # The same command tries again what failed, and nothing else.
-    processes.failures, processes.measured = {}, []
+    started.failures, started.measured = {}, []
     assert run(monkeypatch, *options) == ""
-    assert set(processes.measured) == {"save", *failed}
+    assert set(started.measured) == {"save", *failed}
     assert all(row.failure is None for row in results(tmp_path / "r").values())
     distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
     assert distances["bf16, resident, eager"] == 0 and distances["saved nf4, leaf group offload, eager"] > 0
 
 
-def test_what_was_measured_is_not_measured_again(checkpoint, processes, monkeypatch, tmp_path):
+def test_what_was_measured_is_not_measured_again(checkpoint, started, monkeypatch, tmp_path):
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--height", "30")
     assert run(monkeypatch, *options, "--only", "bf16, resident") == ""
     assert run(monkeypatch, *options, "--only", "bf16") == ""
-    assert len(processes.measured) == len(set(processes.measured)) == 4
+    assert len(started.measured) == len(set(started.measured)) == 4
     before = (tmp_path / "r").joinpath(*results(tmp_path / "r")).parent, results(tmp_path / "r")
 
     for other in (["--steps", "7"], ["--prompt", "a fox"], ["--repeats", "2"], ["--warmups", "1"], ["--width", "64"]):
@@ -242,15 +242,15 @@ def test_what_was_measured_is_not_measured_again(checkpoint, processes, monkeypa
         assert "another" in sentence and "--again" in sentence and "\n" not in sentence
     assert "another height (30, now None)" in run(monkeypatch, *options[:4], "--only", "bf16")
     assert "another" in run(monkeypatch, *options, "--only", "recipe 1", "--steps", "7", "--again")  # would mix
-    assert results(tmp_path / "r") == before[1] and len(processes.measured) == 4
+    assert results(tmp_path / "r") == before[1] and len(started.measured) == 4
 
     assert run(monkeypatch, *options, "--only", "bf16, resident, eager", "--again") == ""
-    assert processes.measured[4:] == ["bf16, resident, eager"] and len(results(tmp_path / "r")) == 4
+    assert started.measured[4:] == ["bf16, resident, eager"] and len(results(tmp_path / "r")) == 4
     assert run(monkeypatch, *options, "--only", "bf16", "--again", "--steps", "7") == ""
     assert {row.steps for row in results(tmp_path / "r").values()} == {7}
 
 
-def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, processes, monkeypatch, tmp_path):
+def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         (tmp_path / parent / "sd3").symlink_to(checkpoint("sd3" if parent == "a" else "sdxl"))
@@ -261,8 +261,8 @@ def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, processes,
 
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("at", ["save", "saved nf4, leaf group offload, eager"])
-def test_a_stop_keeps_what_was_measured(stop, at, checkpoint, processes, monkeypatch, tmp_path):
-    processes.failures = {at: lambda: (os.kill(os.getpid(), getattr(signal, stop)), time.sleep(5))}
+def test_a_stop_keeps_what_was_measured(stop, at, checkpoint, started, monkeypatch, tmp_path):
+    started.failures = {at: lambda: (os.kill(os.getpid(), getattr(signal, stop)), time.sleep(5))}
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
     assert "Stopped" in run(monkeypatch, *options)
     assert list(results(tmp_path / "r")) == [
@@ -271,32 +271,32 @@ def test_a_stop_keeps_what_was_measured(stop, at, checkpoint, processes, monkeyp
         "nf4, model offload, eager",
     ]
     assert len(list((tmp_path / "cache" / "saved-nf4").iterdir())) == (0 if at == "save" else 1)
-    processes.failures, processes.measured = {}, []
+    started.failures, started.measured = {}, []
     assert run(monkeypatch, *options) == ""
-    assert ("save" in processes.measured) == (at == "save")
+    assert ("save" in started.measured) == (at == "save")
     assert len(results(tmp_path / "r")) == 6
 
 
-def test_half_saved_weights_are_never_used(checkpoint, processes, tmp_path, cache):
+def test_half_saved_weights_are_never_used(checkpoint, started, tmp_path, cache):
     model = models.find_model(str(checkpoint("sd3")))
     folder = Path(program.ensure_saved(model)[0])
-    assert program.ensure_saved(model) == (str(folder), "") and processes.measured == ["save"]
+    assert program.ensure_saved(model) == (str(folder), "") and started.measured == ["save"]
     part = folder.rename(folder.with_name(folder.name + ".part"))  # as kill -9 leaves it
     (part / "half").touch()
-    assert program.ensure_saved(model) == (str(folder), "") and processes.measured == ["save", "save"]
+    assert program.ensure_saved(model) == (str(folder), "") and started.measured == ["save", "save"]
     assert not (folder / "half").exists() and not part.exists()
 
 
-def test_disk_that_is_too_small(checkpoint, processes, monkeypatch, tmp_path):
+def test_disk_that_is_too_small(checkpoint, started, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(program.shutil, "disk_usage", lambda path: usage(1, 1, 0))
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "leaf group offload, eager")
     assert "None of these combinations could be measured" in run(monkeypatch, *options)  # so a script can tell
     (row,) = results(tmp_path / "r").values()
-    assert "has 0.0 GB free: free some space" in row.failure and processes.measured == []
+    assert "has 0.0 GB free: free some space" in row.failure and started.measured == []
 
 
-def test_disk_that_fills(checkpoint, processes, monkeypatch, tmp_path, capsys):  # capsys: output to no file
+def test_disk_that_fills(checkpoint, started, monkeypatch, tmp_path, capsys):  # capsys: output to no file
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
     assert run(monkeypatch, *options, "bf16, resident, eager") == ""
     before = results(tmp_path / "r")
@@ -327,7 +327,7 @@ def test_disk_that_fills(checkpoint, processes, monkeypatch, tmp_path, capsys): 
         ('{"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}', "is incomplete"),
     ],
 )
-def test_folder_that_is_no_such_checkpoint(index, expected, processes, monkeypatch, tmp_path):
+def test_folder_that_is_no_such_checkpoint(index, expected, started, monkeypatch, tmp_path):
     if index is not None:
         (tmp_path / "model_index.json").write_text(index)
     sentence = run(monkeypatch, "--checkpoint", tmp_path, "--results", tmp_path / "r")
@@ -343,9 +343,9 @@ def test_folder_that_is_no_such_checkpoint(index, expected, processes, monkeypat
         (["--results", __file__], "cannot be written"),
     ],
 )
-def test_options_that_cannot_be(options, expected, checkpoint, processes, monkeypatch, tmp_path):
+def test_options_that_cannot_be(options, expected, checkpoint, started, monkeypatch, tmp_path):
     sentence = run(monkeypatch, "--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", *options)
-    assert expected in sentence and "\n" not in sentence and processes.measured == []
+    assert expected in sentence and "\n" not in sentence and started.measured == []
 
 
 @pytest.mark.parametrize("options", [["--steps", "0"], ["--repeats", "0"], ["--warmups", "-1"], ["--height", "x"]])
@@ -354,7 +354,7 @@ def test_numbers_that_cannot_be(options, monkeypatch, capsys):
     assert "is not a whole number from" in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_read(checkpoint, processes, monkeypatch, tmp_path):
+def test_results_that_cannot_be_read(checkpoint, started, monkeypatch, tmp_path):
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path, "--only", "bf16, resident, eager")
     assert run(monkeypatch, *options) == ""
     (file,) = tmp_path.glob("*.json")

@@ -8,7 +8,7 @@ from matplotlib.text import Annotation, Text
 
 from helpers import charts
 from helpers.activity import Activity
-from helpers.measure import Measurement
+from helpers.records import Measurement
 from helpers.residency import Residency
 
 MEASUREMENTS = [

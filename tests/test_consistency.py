@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from helpers import measure
+from helpers import records
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -118,7 +118,7 @@ def test_readme_results_are_the_recorded_ones():
     tables = re.findall(r"\]\((benchmarks/results/.*?\.json)\).*?\n\n((?:\|[^\n]*\n)+)", readme, re.DOTALL)
     assert len(tables) == 2
     for file, table in tables:
-        rows = {row.name: row for row in measure.load_measurements(ROOT / file)}
+        rows = {row.name: row for row in records.load_measurements(ROOT / file)}
         header, _, *lines = [line.strip("| \n").split(" | ") for line in table.splitlines()]
         assert len(lines) >= 4
         for cells in lines:

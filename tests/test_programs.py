@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from benchmarks import programs
-from helpers import cpu_backend, measure, quality
+from helpers import cpu_backend, devices, quality
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
-DEVICE = measure.accelerator()
+DEVICE = devices.accelerator()
 STREAM = DEVICE.type != "cpu"
 HERE = {
     '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import random_checkpoints
 from benchmarks.random_checkpoints import COMPONENTS, NF4, QUANTIZED, build
-from helpers import checkpoints, measure
+from helpers import checkpoints, devices
 from helpers.errors import TutorialError
 
 T5 = {"vocab_size": 64, "d_model": WIDTH, "d_kv": 32, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 2}
@@ -201,9 +201,9 @@ def test_checkpoint_is_what_the_libraries_save(model, cache, tmp_path):
         for name in COMPONENTS[model]:
             assert read_stored(written / name) == read_stored(saved / name), name
 
-    assert measure.component_footprints(stored) == measure.component_footprints(quantized)
-    assert all("nf4" in measure.footprint(getattr(stored, name)) for name in QUANTIZED[model])
-    for name, module in measure.component_modules(stored).items():
+    assert devices.component_footprints(stored) == devices.component_footprints(quantized)
+    assert all("nf4" in devices.footprint(getattr(stored, name)) for name in QUANTIZED[model])
+    for name, module in devices.component_modules(stored).items():
         reference = getattr(quantized, name)
         assert quantized_layers(module) == quantized_layers(reference)
         assert bool(quantized_layers(module)) == (name in QUANTIZED[model])

@@ -6,7 +6,7 @@ import torch
 from conftest import draw
 from diffusers.hooks import HookRegistry, apply_group_offloading
 
-from helpers import cpu_backend, measure, residency
+from helpers import cpu_backend, devices, residency
 from helpers.residency import record_residency
 
 COMPONENTS = ["text_encoder", "text_encoder_2", "transformer", "vae"]  # in the order in which a call needs them
@@ -17,7 +17,7 @@ def by_component(events, field):
 
 
 def total_bytes(pipeline):
-    return {name: sum(sizes.values()) for name, sizes in measure.component_footprints(pipeline).items()}
+    return {name: sum(sizes.values()) for name, sizes in devices.component_footprints(pipeline).items()}
 
 
 def overrides(pipeline):
@@ -32,7 +32,7 @@ def overrides(pipeline):
 
 
 def test_residency_without_offloading(bf16_pipeline):
-    bf16_pipeline.to(measure.accelerator())
+    bf16_pipeline.to(devices.accelerator())
     with record_residency(bf16_pipeline) as events:
         draw(bf16_pipeline)
     assert by_component(events, "bytes") == total_bytes(bf16_pipeline)
@@ -41,7 +41,7 @@ def test_residency_without_offloading(bf16_pipeline):
 
 
 def test_residency_under_model_offload(nf4_pipeline):
-    nf4_pipeline.enable_model_cpu_offload(device=measure.accelerator())
+    nf4_pipeline.enable_model_cpu_offload(device=devices.accelerator())
     sizes = total_bytes(nf4_pipeline)
     expected = draw(nf4_pipeline, num_inference_steps=1)
     with record_residency(nf4_pipeline) as events:
@@ -60,7 +60,7 @@ def test_residency_under_model_offload(nf4_pipeline):
 
 def test_residency_under_sequential_offload(bf16_pipeline):
     sizes = total_bytes(bf16_pipeline)
-    bf16_pipeline.enable_sequential_cpu_offload(device=measure.accelerator())
+    bf16_pipeline.enable_sequential_cpu_offload(device=devices.accelerator())
     cpu_backend.fix_sequential_offload(bf16_pipeline)
     with record_residency(bf16_pipeline) as events:
         draw(bf16_pipeline, num_inference_steps=2)
@@ -73,7 +73,7 @@ def test_residency_under_sequential_offload(bf16_pipeline):
 
 
 def test_residency_under_group_offload(bf16_pipeline):
-    device = measure.accelerator()
+    device = devices.accelerator()
     sizes = total_bytes(bf16_pipeline)
     bf16_pipeline.to(device)
     offload = {"onload_device": device, "offload_device": torch.device("cpu")}
@@ -91,7 +91,7 @@ def test_residency_under_group_offload(bf16_pipeline):
 
 
 def test_an_emptied_group_does_not_count(bf16_pipeline):
-    device = measure.accelerator()
+    device = devices.accelerator()
     bf16_pipeline.to(device)
     transformer = bf16_pipeline.transformer
     apply_group_offloading(transformer, device, torch.device("cpu"), "block_level", num_blocks_per_group=1)
@@ -105,7 +105,7 @@ def test_an_emptied_group_does_not_count(bf16_pipeline):
 
 
 def test_recording_ends_cleanly_after_an_error(bf16_pipeline):
-    bf16_pipeline.enable_model_cpu_offload(device=measure.accelerator())
+    bf16_pipeline.enable_model_cpu_offload(device=devices.accelerator())
     with pytest.raises(ZeroDivisionError), record_residency(bf16_pipeline) as events:
         bf16_pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
         time.sleep(0.1)

@@ -10,7 +10,7 @@ from conftest import draw
 from diffusers import WanTransformer3DModel
 
 from benchmarks import models, strategies
-from helpers import cpu_backend, measure
+from helpers import cpu_backend, devices
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.residency import record_residency
 
@@ -71,8 +71,8 @@ def test_the_rest_stays_and_only_blocks_move():
             draw(pipeline, num_inference_steps=1)
         moved[placement] = sum(event.moved_bytes for event in events if event.component == "transformer")
     lists = (pipeline.transformer.transformer_blocks, pipeline.transformer.single_transformer_blocks)
-    blocks = sum(sum(measure.footprint(block).values()) for block in lists)
-    outside = sum(measure.footprint(pipeline.transformer).values()) - blocks
+    blocks = sum(sum(devices.footprint(block).values()) for block in lists)
+    outside = sum(devices.footprint(pipeline.transformer).values()) - blocks
     everything, without_the_rest = moved.values()
     assert everything - without_the_rest == outside > 0
 

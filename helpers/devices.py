@@ -1,0 +1,189 @@
+"""The accelerator of this machine, its memory in use, what the components of a pipeline weigh, what this machine is.
+
+GB is 1e9 bytes.
+"""
+
+import contextlib
+import ctypes
+import gc
+import platform
+import subprocess
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from helpers.errors import TutorialError
+
+GB = 1e9
+
+
+def accelerator() -> torch.device:
+    """The device that the lessons run on: the accelerator of this machine, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done all its work. Its work is asynchronous: time nothing without this."""
+    if accelerator().type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def has_memory_statistics() -> bool:
+    """Whether PyTorch counts the memory of this machine's accelerator."""
+    return accelerator().type not in ("cpu", "mps")
+
+
+def memory_gb() -> float:
+    """Memory in use now, in GB: allocated accelerator memory, or on a CPU the resident memory of this process."""
+    if has_memory_statistics():
+        return torch.accelerator.memory_allocated() / GB
+    return psutil.Process().memory_info().rss / GB
+
+
+def free_memory() -> float:
+    """Give back memory that nothing refers to any more. Returns `memory_gb()`, for the check that it is free.
+
+    Delete your own variables first (`del pipeline`), in a notebook also `_` if a cell displayed one of them.
+    """
+    gc.collect()  # pipelines and hooks refer to each other, so that reference counting alone frees nothing
+    if has_memory_statistics():
+        torch.accelerator.synchronize()
+        torch.accelerator.empty_cache()
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
+    return memory_gb()
+
+
+def weights_alive_gb() -> float:
+    """GB of the parameters that something still refers to, on any device: after `free_memory` it should be 0.
+
+    It counts on a CPU too, where `memory_gb` cannot tell weights from the rest of the process.
+    """
+    # By their type: asking an object itself, as isinstance does, would wake what is imported lazily.
+    weights = [entry for entry in gc.get_objects() if issubclass(type(entry), torch.nn.Parameter)]
+    return sum(weight.nbytes for weight in weights if weight.device.type != "meta") / GB
+
+
+def footprint(module: torch.nn.Module) -> dict[str, int]:
+    """Bytes of the weights of `module` by kind, largest first: a dtype such as "bfloat16", "nf4", or "quant_state".
+
+    "nf4" (or "fp4") are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them:
+    one scale (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
+    """
+    seen = set()
+    sizes: dict[str, int] = {}
+
+    def add(kind: str, tensor: torch.Tensor) -> None:
+        # All meta tensors have address 0: there only the object tells them apart.
+        key = (tensor.device, tensor.data_ptr()) if tensor.device.type != "meta" else id(tensor)
+        if tensor.numel() and key not in seen:
+            seen.add(key)
+            sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        if state is None:
+            add(str(tensor.dtype).removeprefix("torch."), tensor)
+            continue
+        add(state.quant_type, tensor)
+        # With double quantization absmax is itself quantized: state2 holds the scales of the scales.
+        for part in (state, state.state2) if state.nested else (state,):
+            add("quant_state", part.absmax)
+            add("quant_state", part.code)
+        if state.nested:
+            add("quant_state", state.offset)
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def component_footprints(pipeline: Any) -> dict[str, dict[str, int]]:
+    """`footprint` of each component of a diffusers pipeline that has weights, in the order of `pipeline.components`."""
+    return {name: footprint(module) for name, module in component_modules(pipeline).items()}
+
+
+def fits(pipeline: Any) -> bool:
+    """Whether all components of a pipeline fit on the accelerator at once, with a fifth of it left for activations."""
+    if not has_memory_statistics():
+        return True
+    needed = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values())
+    return needed < 0.8 * torch.accelerator.get_memory_info()[1]
+
+
+def component_modules(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The components of a diffusers pipeline that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+@contextlib.contextmanager
+def out_of_memory(
+    technique: str = "an offloading technique of the next lessons, or a smaller height and width",
+) -> Iterator[None]:
+    """Turn `torch.OutOfMemoryError` inside the block into one sentence, and free what the block had allocated.
+
+    `technique` says what needs less memory: it completes "use ...".
+
+    Raises:
+        TutorialError: the accelerator ran out of memory.
+    """
+    message = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # The traceback holds on to the local variables of every frame, and with them to the tensors.
+        traceback.clear_frames(error.__traceback__)
+        message = f"The accelerator is out of memory ({card()}): use {technique}, then restart the kernel."
+    if message is not None:
+        free_memory()
+        raise TutorialError(message) from None
+
+
+def card() -> str:
+    """Name and memory of the accelerator, for a sentence."""
+    if not has_memory_statistics():
+        return device_name()
+    free, total = torch.get_device_module(accelerator()).mem_get_info()
+    return f"{device_name()}, {free / GB:.1f} of {total / GB:.1f} GB free"
+
+
+def environment() -> dict[str, str | None]:
+    """Device, driver and versions of the libraries, by the field names of `Measurement`."""
+    versions = {name: metadata.version(name) for name in ("diffusers", "transformers", "bitsandbytes")}
+    # Unlike its metadata, torch itself always names its build, such as +cpu.
+    return {"device": device_name(), "driver": _driver_version(), "torch": str(torch.__version__), **versions}
+
+
+def device_name() -> str:
+    """Name of the accelerator, or of the CPU with the number of threads that PyTorch uses."""
+    device = accelerator()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    if device.type == "xpu":
+        return torch.xpu.get_device_name()
+    if device.type == "cpu":
+        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    if accelerator().type != "cuda" or torch.version.hip is not None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return output.split("\n", 1)[0].strip() or None

@@ -1,0 +1,181 @@
+"""A measurement as a record: its fields, JSON files of records, where and with what they were measured."""
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from helpers.checkpoints import Checkpoint
+from helpers.devices import GB, component_footprints, environment
+from helpers.errors import TutorialError
+from helpers.measure import Load, Run
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One configuration, measured. What a table shows is a field here.
+
+    Attributes:
+        name: what was combined, such as "nf4 + compile".
+        load_s: from_pretrained until ready.
+        first_call_s: the first call, compilation included.
+        latency_s: median of the later calls.
+        step_ms: median denoising step.
+        load_peak_gb, run_peak_gb: highest allocated accelerator memory while loading, while running; None on a CPU.
+        host_peak_gb: highest resident host memory, loading and running.
+        footprint_gb: bytes of all weights, wherever they are.
+        device to date: where, with what and on what this was measured.
+        warmups, latencies_s: calls after the first that count for nothing; seconds of each of the `repeats` after them.
+        call: what the pipeline was called with: the prompt, and the settings that were not left to it.
+        distance: `helpers.quality` distance of its picture to the one that it is compared with, in levels of 0 to 255.
+        failure: why there are no figures, in one sentence; None if it ran.
+        source: where a figure that was not measured here is published.
+    """
+
+    name: str
+    load_s: float | None = None
+    first_call_s: float | None = None
+    latency_s: float | None = None
+    step_ms: float | None = None
+    load_peak_gb: float | None = None
+    run_peak_gb: float | None = None
+    host_peak_gb: float | None = None
+    footprint_gb: float | None = None
+    device: str | None = None
+    driver: str | None = None
+    torch: str | None = None
+    diffusers: str | None = None
+    transformers: str | None = None
+    bitsandbytes: str | None = None
+    model: str | None = None
+    checkpoint_size: str | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    frames: int | None = None
+    seed: int | None = None
+    repeats: int | None = None
+    date: str | None = None
+    warmups: int | None = None
+    latencies_s: tuple[float, ...] | None = None
+    call: dict[str, Any] | None = None
+    distance: float | None = None
+    failure: str | None = None
+    source: str | None = None
+
+    @property
+    def peak_gb(self) -> float | None:
+        """The larger of the two accelerator peaks: what the card must have. None on a CPU."""
+        peaks = [peak for peak in (self.load_peak_gb, self.run_peak_gb) if peak is not None]
+        return max(peaks, default=None)
+
+    @property
+    def spread_s(self) -> float | None:
+        """The slowest of the later calls less the fastest."""
+        return max(self.latencies_s) - min(self.latencies_s) if self.latencies_s else None
+
+    @property
+    def resolution(self) -> str:
+        """Width x height in pixels."""
+        return f"{self.width}x{self.height}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Measurement":
+        """The reverse of `to_dict`.
+
+        Raises:
+            TutorialError: a field is unknown, or `name` is missing.
+        """
+        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
+        if unknown or "name" not in values:
+            problem = f"has unknown fields ({', '.join(unknown)})" if unknown else "has no field name"
+            raise TutorialError(f"A recorded measurement {problem}: measure it again with this version of the lessons.")
+        if values.get("latencies_s") is not None:
+            values = values | {"latencies_s": tuple(values["latencies_s"])}  # JSON has no tuples
+        return cls(**values)
+
+
+def measurement(
+    name: str,
+    checkpoint: Checkpoint,
+    load: Load | None = None,
+    run: Run | None = None,
+    pipeline: Any | None = None,
+    **changes: Any,
+) -> Measurement:
+    """Put together what `measure_load` and `measure_run` returned with where and on what it was measured.
+
+    `pipeline` gives `footprint_gb`. `changes` are fields that differ from the checkpoint's, such as `steps=4`.
+    """
+    values: dict[str, Any] = {
+        "name": name,
+        **environment(),
+        "model": checkpoint.model,
+        "checkpoint_size": checkpoint.size,
+        "height": checkpoint.height,
+        "width": checkpoint.width,
+        "steps": checkpoint.num_inference_steps,
+        "frames": checkpoint.num_frames,
+        "seed": checkpoint.seed,
+        "call": checkpoint.call_arguments,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+    if load is not None:
+        values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
+    if run is not None:
+        names = ("first_call_s", "latency_s", "step_ms", "run_peak_gb")
+        values |= {entry: getattr(run, entry) for entry in names}
+        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": run.latencies}
+    values["host_peak_gb"] = max((part.host_peak_gb for part in (load, run) if part is not None), default=None)
+    if pipeline is not None:
+        values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
+    return Measurement(**(values | changes))
+
+
+def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> None:
+    """Write measurements to a JSON file, one object each."""
+    write_json([entry.to_dict() for entry in measurements], path)
+
+
+def write_json(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Write rows to a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was."""
+    text = json.dumps(rows, indent=2)
+    part = Path(path).with_suffix(".part")
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_measurements(path: str | Path) -> list[Measurement]:
+    """Read what `save_measurements` wrote."""
+    return [Measurement.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
+def with_distances(measurements: Sequence[Measurement], path: str | Path) -> list[Measurement]:
+    """The measurements, each with the `distance` of the row of its name in another file.
+
+    For random weights, whose pictures are noise: the distance is that of the pocket model's picture.
+
+    Raises:
+        KeyError: the file has no row of that name.
+    """
+    distances = {entry.name: entry.distance for entry in load_measurements(path)}
+    return [replace(entry, distance=distances[entry.name]) for entry in measurements]
+
+
+def provenance(measurements: Sequence[Measurement]) -> str:
+    """Where, with what, on what and when these were measured, in one line. All but the dates are those of the first."""
+    first = measurements[0]
+    drawn = first.resolution if first.frames is None else f"{first.frames} frames of {first.resolution}"
+    repeats = "1 repeat" if first.repeats == 1 else f"{first.repeats} repeats"
+    dates = sorted({entry.date for entry in measurements})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{first.device}, torch {first.torch}, {drawn}, {first.steps} steps, {repeats}, {when}"

@@ -1,0 +1,100 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from helpers import devices
+from helpers.errors import TutorialError
+
+COMPONENTS = ["text_encoder", "text_encoder_2", "transformer", "vae"]  # in the order in which a call needs them
+
+
+def test_footprint_of_an_nf4_layer():
+    layer = Linear4bit(64, 128, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False)
+    layer = layer.to(torch.bfloat16).to(devices.accelerator())
+    # Half a byte per weight; one float32 scale per 64 weights, and the table of 16 float32 levels; 128 biases.
+    assert devices.footprint(layer) == {
+        "nf4": 64 * 128 // 2,
+        "quant_state": 64 * 128 // 64 * 4 + 16 * 4,
+        "bfloat16": 256,
+    }
+
+
+def test_footprint_of_double_quantization():
+    layer = Linear4bit(64, 128, bias=False, quant_type="nf4", compress_statistics=True).to(devices.accelerator())
+    # One byte per scale, one float32 per 256 scales, the two tables (16 and 256 levels), and the offset.
+    assert devices.footprint(layer)["quant_state"] == 128 + 4 + 16 * 4 + 256 * 4 + 4
+
+
+def test_footprint_counts_shared_weights_once_and_buffers_too():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    assert devices.footprint(model) == {"float32": 2 * 8 * 8 * 4}
+    model[1].weight = model[0].weight
+    assert devices.footprint(model) == {"float32": 8 * 8 * 4}
+    model.register_buffer("position", torch.arange(8))
+    assert devices.footprint(model) == {"float32": 8 * 8 * 4, "int64": 8 * 8}
+    model.register_buffer("view", model[0].weight.data[:4])
+    assert devices.footprint(model) == {"float32": 8 * 8 * 4, "int64": 8 * 8}
+    # Without memory, as under sequential offloading, tensors have no address to tell them apart.
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False, device="meta") for _ in range(3)))
+    model[1].weight = model[0].weight
+    assert devices.footprint(model) == {"float32": 2 * 8 * 8 * 4}
+
+
+def test_nf4_is_a_third_of_bf16(nf4_pipeline, bf16_pipeline):
+    nf4, bf16 = devices.component_footprints(nf4_pipeline), devices.component_footprints(bf16_pipeline)
+    assert sorted(nf4) == COMPONENTS
+    assert nf4["vae"] == bf16["vae"] and set(bf16["transformer"]) == {"bfloat16"}
+    assert 0.25 < sum(nf4["transformer"].values()) / sum(bf16["transformer"].values()) < 0.35
+
+
+def test_free_memory_gives_back_what_is_unreachable():
+    def fill():
+        cycle = [torch.ones(100_000_000, dtype=torch.uint8, device=devices.accelerator())]
+        cycle.append(cycle)
+
+    gc.disable()
+    try:
+        fill()
+        full = devices.memory_gb()
+        assert devices.free_memory() < full - 0.09
+    finally:
+        gc.enable()
+
+
+def test_out_of_memory_is_one_sentence_and_frees_the_block():
+    references = []
+
+    def exhaust():
+        tensor = torch.ones(10)
+        references.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee documentation")
+
+    with pytest.raises(TutorialError) as caught, devices.out_of_memory("model CPU offload (lesson 2)"):
+        exhaust()
+    text = str(caught.value)
+    assert "out of memory" in text and "use model CPU offload (lesson 2)" in text and "\n" not in text
+    assert references[0]() is None
+
+
+def test_out_of_memory_leaves_other_errors_and_results():
+    with devices.out_of_memory():
+        result = 1
+    assert result == 1
+    with pytest.raises(KeyError), devices.out_of_memory():
+        raise KeyError
+
+
+def test_weights_alive_counts_what_a_forgotten_name_keeps():
+    devices.free_memory()
+    before = devices.weights_alive_gb()
+    layer = torch.nn.Linear(1000, 1000, bias=False)
+    kept = torch.nn.Sequential(layer)
+    assert devices.weights_alive_gb() == pytest.approx(before + 0.004)  # one weight, though two names lead to it
+    del layer
+    assert devices.weights_alive_gb() == pytest.approx(before + 0.004)
+    del kept
+    devices.free_memory()
+    assert devices.weights_alive_gb() == pytest.approx(before)
