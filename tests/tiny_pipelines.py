@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
@@ -23,6 +25,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     Lumina2Pipeline,
@@ -38,6 +42,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +57,8 @@ CALLS = {
     "sdxl": {"height": 32, "width": 32},
     "pixart": {"height": 256, "width": 256},
     "ltx": {"height": 32, "width": 32, "num_frames": 9},
+    # No guidance by skipped layers: its default layer is the 28th, and a tiny transformer has two.
+    "ltx2": {"height": 64, "width": 64, "num_frames": 9, "stg_scale": 0.0, "audio_stg_scale": 0.0},
     "hunyuan-video": {"height": 32, "width": 32, "num_frames": 5},
     "qwen-image": {"height": 32, "width": 32},
     "flux2": {"height": 32, "width": 32},
@@ -211,6 +218,71 @@ def ltx() -> LTXPipeline:
     )
 
 
+def ltx2() -> LTX2Pipeline:
+    """LTX-2: video with sound. It copies its scheduler, and one of the two steps the latents of the sound."""
+    gemma = transformers.Gemma3Config(
+        text_config=decoder(transformers.Gemma3TextConfig, num_hidden_layers=2).to_dict(),
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        mm_tokens_per_image=4,
+    )
+    return LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLLTX2Video(
+            latent_channels=WIDTH,
+            block_out_channels=(8, 16, 32, 64),
+            decoder_block_out_channels=(8, 16, 32),
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 4,
+            spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        ),
+        audio_vae=AutoencoderKLLTX2Audio(
+            base_channels=WIDTH, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=16, resolution=32, mel_bins=16
+        ),
+        text_encoder=transformers.Gemma3ForConditionalGeneration(gemma),
+        tokenizer=tokenizer(),
+        connectors=LTX2TextConnectors(
+            caption_channels=WIDTH,
+            text_proj_in_factor=3,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=HEAD,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=HEAD,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+        ),
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=WIDTH,
+            out_channels=WIDTH,
+            num_attention_heads=2,
+            attention_head_dim=HEAD,
+            cross_attention_dim=WIDTH,
+            audio_in_channels=WIDTH,
+            audio_out_channels=WIDTH,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=HEAD,
+            audio_cross_attention_dim=WIDTH,
+            num_layers=2,
+            caption_channels=WIDTH,
+        ),
+        vocoder=LTX2Vocoder(
+            in_channels=32,
+            hidden_channels=16,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+        ),
+    )
+
+
 def hunyuan_video() -> HunyuanVideoPipeline:
     """HunyuanVideo: a Llama and a CLIP."""
     return HunyuanVideoPipeline(
@@ -347,6 +419,7 @@ FAMILIES = {
     "sdxl": sdxl,
     "pixart": pixart,
     "ltx": ltx,
+    "ltx2": ltx2,
     "hunyuan-video": hunyuan_video,
     "qwen-image": qwen_image,
     "flux2": flux2,
