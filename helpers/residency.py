@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import CpuOffload
 
 from helpers.devices import accelerator, component_modules, footprint
+from helpers.errors import TutorialError
 
 
 @dataclass
@@ -35,20 +37,24 @@ class Residency:
 class _Recorder:
     """Turns "this piece came, that piece left" into stays."""
 
-    def __init__(self, events: list[Residency]) -> None:
-        self.events = events
+    def __init__(self) -> None:
+        self.events: list[Residency] = []
         self.start = time.perf_counter()
         self.held: dict[str, dict[int, int]] = {}  # component -> piece -> bytes
 
     def now(self) -> float:
         return time.perf_counter() - self.start
 
-    def onload(self, component: str, piece: int, size: int) -> None:
+    def already_there(self, component: str, piece: int, size: int) -> None:
+        self.held[component] = {piece: size}
+        self.events.append(Residency(component, 0.0, 0.0, size, 0, 0))
+
+    def onload(self, component: str, piece: int, size: int, whole: bool = False) -> None:
         held = self.held.setdefault(component, {})
         if piece in held:
             return
         # Pieces of one component that come and go, with no other component in between, are one stay.
-        if not held and (not self.events or self.events[-1].component != component):
+        if not held and (whole or not self.events or self.events[-1].component != component):
             self.events.append(Residency(component, self.now(), self.now(), 0, 0, 0))
         held[piece] = size
         event = self.last(component)
@@ -64,9 +70,10 @@ class _Recorder:
         return next(event for event in reversed(self.events) if event.component == component)
 
     def finish(self) -> None:
+        end = self.now()
         for component, held in self.held.items():
             if held:
-                self.last(component).offload_s = self.now()
+                self.last(component).offload_s = end
 
 
 @contextlib.contextmanager
@@ -77,80 +84,116 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and `AlignDevicesHook`
     (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). So on a machine with no
     accelerator, where the same hooks copy nothing, order and bytes are those of a machine that has one. A component
-    with no such hook stays from the beginning to the end.
+    with no such hook stays from the beginning to the end, unless somebody moves it.
 
-    Turn offloading on before the block. The times are those of the host: a copy that is asynchronous is over later.
-    Record an eager pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
+    The hooks belong to the components: another pipeline that shares them may have put them there, or be the one that is
+    called. What leaves only when that other pipeline says so stays until then.
+
+    Turn offloading on before the block. On a machine with no accelerator, what model offload moves counts as away when
+    the block begins. The times are those of the host: a copy that is asynchronous is over later. Record an eager
+    pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
+
+    Raises:
+        TutorialError: model offload moves some components and leaves one out, of which a CPU does not tell where it is;
+            or a component was replaced, or its offloading changed, inside the block.
     """
-    modules = component_modules(pipeline)
-    names = {id(module): name for name, module in modules.items()}
-    events: list[Residency] = []
-    recorder = _Recorder(events)
-    watched: list[tuple[Any, str]] = []  # (object, name of the method that an attribute of the object now hides)
-    undisturbed = []
+    components = component_modules(pipeline)
+    names: dict[int, str] = {}  # a component that has two names in the pipeline is there once, by the first
+    for name, module in components.items():
+        names.setdefault(id(module), name)
+    sizes = {name: sum(footprint(components[name]).values()) for name in names.values()}
+    pieces = {name: list(_pieces(components[name])) for name in names.values()}
+    hooked = {name for name in names.values() if _is_model_offloaded(components[name])}
+    placements = _placements(pipeline)
+    has_accelerator = accelerator().type != "cpu"
+    left_out = set(names.values()) - hooked - {name for name in pieces if pieces[name]}
+    lost = sorted(left_out - set(getattr(pipeline, "_exclude_from_cpu_offload", ())))
+    if hooked and lost and not has_accelerator:
+        raise TutorialError(
+            f"Model offload does not move the {lost[0]}, which came to the pipeline later: call "
+            "pipeline.enable_model_cpu_offload() once more, then record."
+        )
+    recorder = _Recorder()
+    undo: list[Callable[[], None]] = []
 
-    def watch(target: Any, method: str, before: Callable = None, after: Callable = None) -> None:
-        original = getattr(target, method)
+    def watch(target: Any, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
+        """Until the end, call `before` and `after` with the arguments of a method of this one object or class."""
+        original, is_class = getattr(target, method), isinstance(target, type)
 
         @torch.compiler.disable  # as the hooks themselves are: never traced
         def wrapper(*args, **kwargs):
             if before is not None:
-                before()
+                before(*args, **kwargs)
             result = original(*args, **kwargs)
             if after is not None:
-                after()
+                after(*args, **kwargs)
             return result
 
         setattr(target, method, wrapper)
-        watched.append((target, method))
+        undo.append(lambda: setattr(target, method, original) if is_class else vars(target).pop(method, None))
 
-    def watch_model_offload(name: str, module: torch.nn.Module, hook: Any) -> None:
-        size = sum(footprint(module).values())
+    def come(module: torch.nn.Module) -> None:
+        if id(module) in names:
+            name = names[id(module)]
+            recorder.onload(name, id(module), sizes[name], whole=True)
 
-        def come() -> None:
-            if hook.prev_module_hook is not None:
-                leave(names[id(hook.prev_module_hook.model)])
-            recorder.onload(name, id(module), size)
+    def leave(module: torch.nn.Module) -> None:
+        if id(module) in names:
+            recorder.offload(names[id(module)], id(module))
 
-        watch(hook, "pre_forward", before=come)
+    def before_forward(hook: CpuOffload, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if hook.prev_module_hook is not None:
+            leave(hook.prev_module_hook.model)
+        come(module)
 
-    def leave(name: str) -> None:
-        recorder.offload(name, id(modules[name]))
+    def moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or pieces.get(names.get(id(module)), True):  # another dtype, or no matter of this recording
+            return
+        # With no accelerator, model offload brings to "cpu:0" and takes away to "cpu".
+        if device.type == accelerator().type and (has_accelerator or device.index is not None):
+            come(module)
+        elif has_accelerator or names[id(module)] in hooked:
+            leave(module)
 
-    def watch_all_model_offloads() -> bool:
-        found = False
-        for name, module in modules.items():
-            for hook in _accelerate_hooks(module):
-                if type(hook).__name__ == "CpuOffload":
-                    watch_model_offload(name, module, hook)
-                    found = True
-        return found
-
-    def end_of_call() -> None:
-        # diffusers has moved every component off, and put new hooks in place of the old ones.
-        for name in modules:
-            leave(name)
-        watch_all_model_offloads()
-
-    if watch_all_model_offloads():
-        watch(pipeline, "maybe_free_model_hooks", after=end_of_call)
-    for name, module in modules.items():
-        pieces = list(_pieces(module))
-        for target, come, go, size in pieces:
-            key = id(target)
-            watch(target, come, before=lambda name=name, key=key, size=size: recorder.onload(name, key, size))
-            watch(target, go, after=lambda name=name, key=key: recorder.offload(name, key))
-        is_offloaded = pieces or any(type(hook).__name__ == "CpuOffload" for hook in _accelerate_hooks(module))
-        if not is_offloaded and _device(module).type == accelerator().type:
-            undisturbed.append((name, sum(footprint(module).values())))
+    # By the class: at the end of each call diffusers puts new hooks in place of the old ones, and accelerate takes what
+    # is called `to` away from a module.
+    watch(CpuOffload, "pre_forward", before=before_forward)
+    watch(torch.nn.Module, "to", after=moved)
+    for name in sizes:
+        module = components[name]
+        for target, onload, offload, size in pieces[name]:
+            piece = (name, id(target), size)
+            watch(target, onload, before=lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
+            watch(target, offload, after=lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
+        if not pieces[name]:
+            is_there = _device(module).type == accelerator().type
+            if is_there and (has_accelerator or name not in hooked):
+                recorder.already_there(name, id(module), sizes[name])
     try:
-        yield events
+        yield recorder.events
     finally:
-        for target, method in watched:
-            vars(target).pop(method, None)
+        for step in reversed(undo):
+            step()
         recorder.finish()
-        end = recorder.now()
-        events[:0] = [Residency(name, 0.0, end, size, 0, 0) for name, size in undisturbed]
+    changed = sorted(name for name, state in _placements(pipeline).items() if placements.get(name) != state)
+    if changed:
+        raise TutorialError(
+            f"The {changed[0]} was replaced, or its offloading changed, while its stays were recorded: do that before "
+            "record_residency."
+        )
+
+
+def _placements(pipeline: Any) -> dict[str, tuple]:
+    """By component: which module it is, whether model offload moves it, and which pieces of it come and go."""
+    return {
+        name: (id(module), _is_model_offloaded(module), [id(target) for target, *_ in _pieces(module)])
+        for name, module in component_modules(pipeline).items()
+    }
+
+
+def _is_model_offloaded(module: torch.nn.Module) -> bool:
+    return any(isinstance(hook, CpuOffload) for hook in _hooks(module))
 
 
 def _device(module: torch.nn.Module) -> torch.device:
@@ -158,7 +201,7 @@ def _device(module: torch.nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _accelerate_hooks(module: torch.nn.Module) -> list[Any]:
+def _hooks(module: torch.nn.Module) -> list[Any]:
     """The hooks that accelerate has put on this one module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
@@ -168,7 +211,7 @@ def _pieces(component: torch.nn.Module) -> Iterator[tuple[Any, str, str, int]]:
     """What comes and goes in pieces: (object, method that brings it, method that takes it away, bytes)."""
     groups = {}
     for module in component.modules():
-        for hook in _accelerate_hooks(module):
+        for hook in _hooks(module):
             if getattr(hook, "offload", False) is True:
                 parameters = module.parameters(recurse=hook.place_submodules)
                 buffers = module.buffers(recurse=hook.place_submodules) if hook.offload_buffers else ()
