@@ -9,13 +9,15 @@ from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
 
 from benchmarks.models import Model
 from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
+from helpers.residency import is_model_offloaded
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 CPU = torch.device("cpu")
@@ -73,15 +75,15 @@ def offload_models(pipeline: DiffusionPipeline, model: Model) -> None:
 
 def offload_text_encoders(pipeline: DiffusionPipeline, model: Model) -> None:
     """The text encoders layer by layer; everything else on the accelerator."""
-    for name in model.text_encoders:
-        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
+    for encoder in _modules(pipeline, model.text_encoders):
+        _group_offload(encoder, offload_type="leaf_level", **_stream())
     _move_rest(pipeline, model.text_encoders)
 
 
 def offload_leaves(pipeline: DiffusionPipeline, model: Model, record_stream: bool = False) -> None:
     """Denoisers, VAE and text encoders layer by layer, the next one copied while one computes. As in recipe 3."""
-    for name in model.denoisers:
-        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream(record_stream))
+    for denoiser in _modules(pipeline, model.denoisers):
+        _group_offload(denoiser, offload_type="leaf_level", **_stream(record_stream))
     _offload_all_but_denoisers(pipeline, model)
 
 
@@ -92,8 +94,7 @@ def offload_blocks(
 
     `rest_stays` leaves what a denoiser has outside its blocks on the accelerator.
     """
-    for name in model.denoisers:
-        denoiser = getattr(pipeline, name)
+    for denoiser in _modules(pipeline, model.denoisers):
         keep_unquantized_outside_blocks(denoiser)
         _group_offload(denoiser, offload_type="block_level", num_blocks_per_group=1, **_stream(record_stream))
         if rest_stays:
@@ -104,9 +105,14 @@ def offload_blocks(
 def _offload_all_but_denoisers(pipeline: DiffusionPipeline, model: Model) -> None:
     """VAE and text encoders layer by layer; what is left, if anything, on the accelerator."""
     rest = (*model.text_encoders, *model.vaes)
-    for name in rest:
-        _group_offload(getattr(pipeline, name), offload_type="leaf_level", **_stream())
+    for module in _modules(pipeline, rest):
+        _group_offload(module, offload_type="leaf_level", **_stream())
     _move_rest(pipeline, (*model.denoisers, *rest))
+
+
+def _modules(pipeline: DiffusionPipeline, names: tuple[str, ...]) -> list[torch.nn.Module]:
+    """The components of these names that the pipeline has: one for precomputed embeddings has no text encoders."""
+    return [module for name, module in devices.component_modules(pipeline).items() if name in names]
 
 
 def _stream(record_stream: bool = False) -> dict:
@@ -142,7 +148,8 @@ def keep_unquantized_outside_blocks(denoiser: torch.nn.Module) -> None:
 
     Block-level group offload moves these without a stream, by `module.to("cpu")`, which takes the quant_state along,
     and brings back the weight alone. Naming them in `llm_int8_skip_modules` would do too, but a name such as proj_out
-    also means the layers of that name in FLUX's blocks: 2.6 GB more.
+    also means the layers of that name in FLUX's blocks: 2.6 GB more. So the configuration stays as it is, and what
+    `save_pretrained` writes of these layers is nf4, as it was loaded: the same weights.
     """
     for name, layer in list(denoiser.named_modules()):
         parent = denoiser.get_submodule(name.split(".")[0])
@@ -150,18 +157,43 @@ def keep_unquantized_outside_blocks(denoiser: torch.nn.Module) -> None:
             plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
             plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+            plain.register_state_dict_post_hook(partial(_save_as_nf4, layer.weight.to("cpu")))
             denoiser.set_submodule(name, plain)
+
+
+def _save_as_nf4(packed: Params4bit, plain: torch.nn.Linear, state_dict: dict, prefix: str, metadata: dict) -> None:
+    """Put the nf4 weight that a layer was made from in place of its bfloat16 one."""
+    if not torch.equal(dequantize_4bit(packed.data, packed.quant_state).to(plain.weight), plain.weight):
+        # It was changed since, for instance by a fused LoRA.
+        nested, kind = packed.quant_state.nested, packed.quant_state.quant_type
+        changed = plain.weight.detach().to("cpu").contiguous()
+        packed = Params4bit(changed, requires_grad=False, compress_statistics=nested, quant_type=kind).to("cpu")
+    state_dict[f"{prefix}weight"] = packed.data
+    for key, value in packed.quant_state.as_dict(packed=True).items():
+        state_dict[f"{prefix}weight.{key}"] = value
 
 
 def keep_rest_on_card(denoiser: torch.nn.Module) -> None:
     """Bring what block-level group offload moves outside the blocks to the accelerator, and let it stay there.
 
     diffusers has no setting for it: the group of these layers has no stream and comes before each forward. It is a list
-    of modules, which is emptied here. The layers must be unquantized.
+    of modules, which is emptied here, and again whenever diffusers makes it anew, as `load_lora_weights` does. The
+    layers must be unquantized.
     """
-    group = HookRegistry.check_if_exists_or_initialize(denoiser).get_hook("group_offloading").group
-    group.onload_()
-    group.modules, group.parameters, group.buffers = [], [], []
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    register = registry.register_hook
+
+    def register_and_empty(hook: ModelHook, name: str) -> None:
+        register(hook, name)
+        if name == "group_offloading":
+            empty(hook.group)
+
+    def empty(group: ModuleGroup) -> None:
+        group.onload_()
+        group.modules, group.parameters, group.buffers = [], [], []
+
+    empty(registry.get_hook("group_offloading").group)
+    registry.register_hook = register_and_empty
 
 
 def _move_rest(pipeline: DiffusionPipeline, offloaded: tuple[str, ...]) -> None:
@@ -180,15 +212,14 @@ def run_eagerly(pipeline: DiffusionPipeline, model: Model) -> None:
 def compile_whole(pipeline: DiffusionPipeline, model: Model) -> None:
     """Each denoiser as one graph; hooks of an offloading technique break it."""
     torch._dynamo.config.cache_size_limit = 1000
-    for name in model.denoisers:
-        getattr(pipeline, name).compile()
+    for denoiser in _modules(pipeline, model.denoisers):
+        denoiser.compile()
 
 
 def compile_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
     """The repeated blocks of each denoiser: one graph for all blocks of a kind."""
     torch._dynamo.config.cache_size_limit = 1000
-    for name in model.denoisers:
-        denoiser = getattr(pipeline, name)
+    for denoiser in _modules(pipeline, model.denoisers):
         denoiser._repeated_blocks = _repeated_blocks(denoiser)
         denoiser.compile_repeated_blocks(fullgraph=True)
 
@@ -196,8 +227,7 @@ def compile_blocks(pipeline: DiffusionPipeline, model: Model) -> None:
 def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
     """The forward of each repeated block, before an offloading hook wraps it: the hooks stay out of the graph."""
     torch._dynamo.config.cache_size_limit = 1000
-    for name in model.denoisers:
-        denoiser = getattr(pipeline, name)
+    for denoiser in _modules(pipeline, model.denoisers):
         blocks = _repeated_blocks(denoiser)
         for module in denoiser.modules():
             if type(module).__name__ in blocks:
@@ -220,8 +250,7 @@ def recipe_1(model: Model) -> DiffusionPipeline:
     """Quantize and compile. The guide's channels_last is for pictures; a video's convolutions have one of their own."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     pipeline = quantize_at_load(model).to(devices.accelerator())
-    for name in model.denoisers:
-        denoiser = getattr(pipeline, name)
+    for denoiser in _modules(pipeline, model.denoisers):
         is_video = any(weight.dim() == 5 for weight in denoiser.parameters())
         denoiser.to(memory_format=torch.channels_last_3d if is_video else torch.channels_last)
         denoiser.compile(mode="max-autotune", fullgraph=True)
@@ -264,6 +293,7 @@ COMPILATIONS = {
     "compiled inside": compile_inside,
 }
 RECIPES = {"recipe 1": recipe_1, "recipe 2": recipe_2, "recipe 3": recipe_3}
+RECIPE_PLACEMENTS = {"recipe 1": "resident", "recipe 2": "model offload", "recipe 3": "leaf group offload"}
 
 COMBINATIONS = (
     "bf16, resident, eager",  # first: the picture that the others are compared with
@@ -297,11 +327,60 @@ def assemble(name: str, model: dict) -> DiffusionPipeline:
     """The pipeline of a combination, ready to be called. `model` is a `Model` as a dictionary."""
     subject = Model(**model)
     if name in RECIPES:
-        return RECIPES[name](subject)
+        pipeline = RECIPES[name](subject)
+        check(pipeline, subject, name, "nf4", RECIPE_PLACEMENTS[name])
+        return pipeline
     start, placement, compilation = name.split(", ")
     pipeline = STARTS[start](subject)
     steps = [PLACEMENTS[placement], COMPILATIONS[compilation]]
     # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks.
     for step in reversed(steps) if compilation == "compiled inside" else steps:
         step(pipeline, subject)
+    check(pipeline, subject, name, start, placement)
     return pipeline
+
+
+def check(pipeline: DiffusionPipeline, model: Model, name: str, start: str, placement: str) -> None:
+    """Whether the weights are what the name of a combination says: of that kind, and moved in that way.
+
+    Raises:
+        TutorialError: a component is not quantized and should be, or the other way round; or is not where it should be.
+    """
+    for part, sizes in devices.component_footprints(pipeline).items():
+        module = getattr(pipeline, part)
+        # A checkpoint that comes quantized says itself which of its parts are, and how.
+        should = start != "bf16" and part in model.quantized
+        if not model.is_quantized and ("nf4" in sizes) != should:
+            has, wanted = ("nf4", "none") if "nf4" in sizes else ("no nf4", "some")
+            raise TutorialError(f"{name}: the {part} holds {has} weights and should hold {wanted}: mend this strategy.")
+        found, wanted = _how_moved(module), _how_to_move(pipeline, model, part, placement)
+        if found != wanted:
+            raise TutorialError(f"{name}: the {part} is {found} and should be {wanted}: mend this strategy.")
+
+
+def _how_to_move(pipeline: DiffusionPipeline, model: Model, part: str, placement: str) -> str:
+    """What `_how_moved` must say of a component."""
+    rest = (*model.text_encoders, *model.vaes)
+    if placement == "model offload" and part not in pipeline._exclude_from_cpu_offload:
+        return "moved as a whole"
+    if "group offload" in placement and part in model.denoisers:
+        kind = "leaf_level" if placement.startswith("leaf") else "block_level"
+        return f"moved by {kind}" + (" with the rest on the card" if "rest on the card" in placement else "")
+    if ("group offload" in placement and part in rest) or (placement[:4] == "text" and part in model.text_encoders):
+        return "moved by leaf_level"
+    return "on the accelerator"
+
+
+def _how_moved(module: torch.nn.Module) -> str:
+    """How a component comes to the accelerator, by its hooks; without any, where its weights are."""
+    if is_model_offloaded(module):
+        return "moved as a whole"
+    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    hooks = [hook for hook in (registry.get_hook("group_offloading") for registry in registries) if hook is not None]
+    if hooks:
+        levels = " and ".join(sorted({hook.config.offload_type.value for hook in hooks}))
+        top = HookRegistry.check_if_exists_or_initialize(module).get_hook("group_offloading")
+        emptied = top is not None and not (top.group.modules or top.group.parameters or top.group.buffers)
+        return f"moved by {levels}" + (" with the rest on the card" if emptied and levels == "block_level" else "")
+    places = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+    return "on the accelerator" if places <= {devices.accelerator().type} else f"on {' and '.join(sorted(places))}"

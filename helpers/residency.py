@@ -103,7 +103,7 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
         names.setdefault(id(module), name)
     sizes = {name: sum(footprint(components[name]).values()) for name in names.values()}
     pieces = {name: list(_pieces(components[name])) for name in names.values()}
-    hooked = {name for name in names.values() if _is_model_offloaded(components[name])}
+    hooked = {name for name in names.values() if is_model_offloaded(components[name])}
     placements = _placements(pipeline)
     has_accelerator = accelerator().type != "cpu"
     left_out = set(names.values()) - hooked - {name for name in pieces if pieces[name]}
@@ -187,12 +187,13 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
 def _placements(pipeline: Any) -> dict[str, tuple]:
     """By component: which module it is, whether model offload moves it, and which pieces of it come and go."""
     return {
-        name: (id(module), _is_model_offloaded(module), [id(target) for target, *_ in _pieces(module)])
+        name: (id(module), is_model_offloaded(module), [id(target) for target, *_ in _pieces(module)])
         for name, module in component_modules(pipeline).items()
     }
 
 
-def _is_model_offloaded(module: torch.nn.Module) -> bool:
+def is_model_offloaded(module: torch.nn.Module) -> bool:
+    """Whether `enable_model_cpu_offload` moves this component, in whichever pipeline it was called."""
     return any(isinstance(hook, CpuOffload) for hook in _hooks(module))
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -12,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from benchmarks import models, strategies
 from helpers import cpu_backend, devices
 from helpers.checkpoints import PACKAGE_ROOT
+from helpers.errors import TutorialError
 from helpers.residency import record_residency
 
 PATH = str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")
@@ -75,6 +77,191 @@ def test_the_rest_stays_and_only_blocks_move():
     outside = sum(devices.footprint(pipeline.transformer).values()) - blocks
     everything, without_the_rest = moved.values()
     assert everything - without_the_rest == outside > 0
+
+
+def load(placement: str = "", start=strategies.quantize_at_load):
+    """Pocket-flux in nf4 under a placement, and its model."""
+    cpu_backend.enable()
+    model = models.find_model(PATH)
+    pipeline = start(model)
+    pipeline.set_progress_bar_config(disable=True)
+    if placement:
+        strategies.PLACEMENTS[placement](pipeline, model)
+    return pipeline, model
+
+
+def without_text_encoders(pipeline, model):
+    """The pipeline as it is built for precomputed embeddings."""
+    parts = pipeline.components | dict.fromkeys((*model.text_encoders, "tokenizer", "tokenizer_2"))
+    bare = type(pipeline)(**parts)
+    bare.set_progress_bar_config(disable=True)
+    return bare
+
+
+@pytest.mark.parametrize("placement", strategies.PLACEMENTS)
+def test_placements_of_a_pipeline_for_precomputed_embeddings(placement):
+    pipeline, model = load()
+    embeddings, pooled, _ = pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
+    bare = without_text_encoders(pipeline, model)
+    call = {"prompt": None, "prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "num_inference_steps": 1}
+    if placement.startswith("block"):
+        strategies.keep_unquantized_outside_blocks(bare.transformer)  # nf4 and bfloat16 differ by their rounding
+    expected = draw(bare, **call)
+    strategies.PLACEMENTS[placement](bare, model)
+    strategies.check(bare, model, placement, "nf4", placement)
+    np.testing.assert_array_equal(draw(bare, **call), expected)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("family", ["pocket-flux", "sdxl", "ltx2", "wan22"])
+def test_what_is_saved_under_block_offload_can_be_loaded(family, tmp_path):
+    cpu_backend.enable()
+    path = PATH if family == "pocket-flux" else str(tiny_pipelines.save(family, tmp_path / "checkpoint"))
+    model = models.find_model(path)
+    pipeline = strategies.quantize_at_load(model)
+    strategies.offload_blocks(pipeline, model)
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = strategies.load_saved_nf4(replace(model, saved=str(tmp_path / "saved")))
+    original = strategies.quantize_at_load(model)
+    for name in model.denoisers:
+        expected, loaded = (getattr(part, name).state_dict() for part in (original, again))
+        assert expected.keys() == loaded.keys() and any("nf4" in key for key in expected)
+        assert all(torch.equal(expected[key], loaded[key]) for key in expected)
+    strategies.offload_blocks(again, model)
+    pictures = []
+    for part in (pipeline, again):
+        part.set_progress_bar_config(disable=True)
+        call = {"output_type": "latent", "generator": torch.Generator().manual_seed(0), "num_inference_steps": 2}
+        size = tiny_pipelines.CALLS.get(family, {"height": 32, "width": 32})
+        pictures.append(part("cat", **call, **size, return_dict=False)[0])
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_was_changed_is_saved_as_it_is_now(nested, monkeypatch, tmp_path):
+    monkeypatch.setitem(strategies.NF4, "bnb_4bit_use_double_quant", nested)
+    transformer = load()[0].transformer
+    strategies.keep_unquantized_outside_blocks(transformer)
+    with torch.no_grad():
+        transformer.x_embedder.weight += 0.1  # as fuse_lora does
+    transformer.save_pretrained(tmp_path)
+    again = type(transformer).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    strategies.keep_unquantized_outside_blocks(again)
+    changed = again.x_embedder.weight - transformer.x_embedder.weight
+    assert 0 < changed.abs().mean() < 0.02
+    assert torch.equal(again.context_embedder.weight, transformer.context_embedder.weight)
+
+
+# LoRA
+
+
+def lora(rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA for a layer in the blocks of pocket-flux and for one outside of them."""
+    transformer = load(start=strategies.load_bf16)[0].transformer
+    torch.manual_seed(0)
+    weights = {}
+    for name in ("transformer_blocks.0.attn.to_q", "x_embedder"):
+        layer = transformer.get_submodule(name)
+        weights[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features) / rank
+        weights[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank) / rank
+    return weights
+
+
+def test_the_rest_stays_after_a_lora_is_loaded():
+    placement = "block group offload with the rest on the card"
+    pipeline, model = load(placement)
+    resident, _ = load("resident")
+    strategies.keep_unquantized_outside_blocks(resident.transformer)
+    plain = draw(pipeline, num_inference_steps=1)
+    onloads = []
+    for change in (
+        lambda part: None,
+        lambda part: part.load_lora_weights(lora()),
+        lambda part: part.unload_lora_weights(),
+    ):
+        change(pipeline)
+        change(resident)
+        strategies.check(pipeline, model, placement, "nf4", placement)
+        with record_residency(pipeline) as events:
+            picture = draw(pipeline, num_inference_steps=1)
+        onloads += [event.onloads for event in events if event.component == "transformer"]
+        np.testing.assert_array_equal(picture, draw(resident, num_inference_steps=1))
+        assert np.array_equal(picture, plain) == (len(onloads) != 2)  # the LoRA draws something else
+    lists = (pipeline.transformer.transformer_blocks, pipeline.transformer.single_transformer_blocks)
+    assert onloads == 3 * [sum(map(len, lists))]
+
+
+# What a combination says of itself
+
+
+KINDS = {  # placements of one kind leave the same hooks
+    "resident": "resident",
+    "model offload": "model",
+    "text encoders offloaded": "text",
+    "leaf group offload": "leaf",
+    "leaf group offload with record_stream": "leaf",
+    "block group offload": "block",
+    "block group offload without record_stream": "block",
+    "block group offload with the rest on the card": "stays",
+}
+
+
+@pytest.mark.parametrize("placement", [None, *strategies.PLACEMENTS])
+def test_a_placement_is_told_from_every_other_one(placement):
+    pipeline, model = load(placement or "")
+    for other in KINDS:
+        if KINDS[other] == KINDS.get(placement, "resident"):  # on a CPU, nothing done is everything resident
+            strategies.check(pipeline, model, "this", "nf4", other)
+        else:
+            with pytest.raises(TutorialError, match=r"^this: the \w+ is .* and should be .*: mend this strategy\.$"):
+                strategies.check(pipeline, model, "this", "nf4", other)
+
+
+@pytest.mark.skipif(not cpu_backend.has_gpu(), reason="on a CPU, nothing done is everything resident")
+def test_what_was_not_moved_is_not_resident():
+    pipeline, model = load(start=strategies.load_bf16)
+    with pytest.raises(TutorialError, match="on cpu and should be on the accelerator"):
+        strategies.check(pipeline, model, "this", "bf16", "resident")
+
+
+def quantize_the_transformer_only(model):
+    return strategies.quantize_at_load(replace(model, quantized=("transformer",)))
+
+
+@pytest.mark.parametrize(
+    ("start", "loader", "fault"),
+    [
+        ("nf4", strategies.load_bf16, "the text_encoder_2 holds no nf4 weights and should hold some"),
+        ("nf4", quantize_the_transformer_only, "the text_encoder_2 holds no nf4 weights and should hold some"),
+        ("saved nf4", strategies.load_bf16, "the text_encoder_2 holds no nf4 weights and should hold some"),
+        ("bf16", strategies.quantize_at_load, "the text_encoder_2 holds nf4 weights and should hold none"),
+    ],
+)
+def test_a_start_with_other_weights_than_its_name_says(start, loader, fault, monkeypatch):
+    cpu_backend.enable()
+    monkeypatch.setitem(strategies.STARTS, start, loader)
+    with pytest.raises(TutorialError, match=f"^{start}, model offload, eager: {fault}"):
+        strategies.assemble(f"{start}, model offload, eager", asdict(models.find_model(PATH)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "function", "broken", "fault"),
+    [
+        ("recipe 1", "quantize_at_load", strategies.load_bf16, "holds no nf4"),
+        ("recipe 2", "quantize_at_load", strategies.load_bf16, "holds no nf4"),
+        ("recipe 3", "quantize_at_load", strategies.load_bf16, "holds no nf4"),
+        ("recipe 2", "offload_models", lambda *_: None, "should be moved as a whole"),
+        ("recipe 3", "offload_leaves", lambda *_: None, "should be moved by leaf_level"),
+    ],
+)
+def test_a_recipe_that_leaves_a_step_out(recipe, function, broken, fault, monkeypatch):
+    cpu_backend.enable()
+    monkeypatch.setattr(strategies, function, broken)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    with pytest.raises(TutorialError, match=f"^{recipe}: the .*{fault}"):
+        strategies.assemble(recipe, asdict(models.find_model(PATH)))
 
 
 def test_saved_weights_are_loaded_once_and_where_they_were_sent(tmp_path, monkeypatch):
