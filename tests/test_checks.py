@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from importlib import metadata
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -88,6 +89,24 @@ def test_what_the_hub_refuses_is_one_sentence_for_lessons_and_benchmark(refusal,
     monkeypatch.setenv("TUTORIAL_CACHE", str(hub.folder))
     same = message_of(benchmark.run, benchmark.parse())
     assert same == text.replace("unset TUTORIAL_MODELS to use the pocket checkpoint", "give another checkpoint")
+
+
+def test_offline_mode_of_the_library_itself(pocket, monkeypatch, tmp_path):
+    """Nothing replaced: which errors huggingface_hub raises is its own affair."""
+    monkeypatch.setenv("TUTORIAL_MODELS", "full")
+    monkeypatch.setattr(checks.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(checks.constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode is on: unset HF_HUB_OFFLINE" in message_of(get_checkpoint, "flux")
+
+
+def test_no_way_to_the_hub(pocket, monkeypatch, tmp_path):
+    """The same, where nobody listens; it takes one try."""
+    monkeypatch.setattr(checks.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(checks.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checks.auth_check.__self__, "endpoint", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert "the Hub cannot be reached" in message_of(checks.find_on_hub, FLUX)
+    assert time.monotonic() - start < 5
 
 
 def test_full_checkpoint_with_access(hub):

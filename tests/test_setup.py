@@ -1,12 +1,15 @@
 """tools/setup.sh with a stand-in for Python: when it makes .venv, when it installs, what it says."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jupyterlab import NeverCheckForUpdate
+from jupyterlab.labapp import LabApp
 
 SETUP = Path(__file__).resolve().parent.parent / "tools" / "setup.sh"
 
@@ -120,6 +123,16 @@ def test_unfit_machine(tree, environment, sentence):
     assert not (tree / ".venv").exists()
 
 
+def test_folder_that_cannot_be_written(tree):
+    tools = tree / "bin"
+    tools.mkdir()
+    (tools / "mktemp").write_text("#!/bin/sh\necho 'mktemp: failed: ./.probe: Read-only file system' >&2\nexit 1\n")
+    (tools / "mktemp").chmod(0o755)
+    status, said, did = setup(tree, PATH=f"{tools}:{os.environ['PATH']}")
+    assert (status, did) == (1, []) and said.count("\n") == 1
+    assert f"{tree} cannot be written (Read-only file system), and .venv" in said
+
+
 def test_little_space(tree):
     tools = tree / "bin"
     tools.mkdir()
@@ -150,3 +163,11 @@ def test_pip_fails(tree, log, sentence):
     status, said, _ = setup(tree, FAKE_PIP_STATUS="1", FAKE_PIP_LOG=log)
     assert status == 1
     assert sentence in said.splitlines()[-1]
+
+
+def test_lab_asks_for_no_news():
+    """JupyterLab reads the options of the Makefile as it will, and has no pop-up then."""
+    makefile = (SETUP.parent.parent / "Makefile").read_text()
+    app = LabApp()
+    app.parse_command_line(re.findall(r"--LabApp\.\S+", makefile))
+    assert app.news_url is None and app.check_for_updates_class is NeverCheckForUpdate

@@ -24,7 +24,7 @@ def test_a_kernel_that_ends_is_named_at_once(tmp_path):
         cells = [new_code_cell(source) for source in ("import os", last, "pass", "pass")]
         nbformat.write(new_notebook(cells=cells), tmp_path / f"{number}.ipynb")
     (options,) = re.findall(r"(?s)pytest \$\$color (.*?) notebooks\n", (ROOT / "Makefile").read_text())
-    command = [sys.executable, "-m", "pytest", *options.replace("\\\n", " ").split(), str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "--color=no", *options.replace("\\\n", " ").split(), str(tmp_path)]
     # Well below the time limit of a cell, 180 s.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     for last, sentence in ENDS.items():
