@@ -1,15 +1,12 @@
 """tools/setup.sh with a stand-in for Python: when it makes .venv, when it installs, what it says."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from jupyterlab import NeverCheckForUpdate
-from jupyterlab.labapp import LabApp
 
 SETUP = Path(__file__).resolve().parent.parent / "tools" / "setup.sh"
 
@@ -163,11 +160,3 @@ def test_pip_fails(tree, log, sentence):
     status, said, _ = setup(tree, FAKE_PIP_STATUS="1", FAKE_PIP_LOG=log)
     assert status == 1
     assert sentence in said.splitlines()[-1]
-
-
-def test_lab_asks_for_no_news():
-    """JupyterLab reads the options of the Makefile as it will, and has no pop-up then."""
-    makefile = (SETUP.parent.parent / "Makefile").read_text()
-    app = LabApp()
-    app.parse_command_line(re.findall(r"--LabApp\.\S+", makefile))
-    assert app.news_url is None and app.check_for_updates_class is NeverCheckForUpdate
