@@ -18,12 +18,14 @@ setup:
 	@sh tools/setup.sh
 
 run: setup
-	@$(python) tools/run_notebooks.py
+	@$(python) tools/run_notebooks.py $(ARGS)
 
-# Jupyter listens on 127.0.0.1 and asks for its token. As root, in a container, it wants --allow-root.
+# Jupyter listens on 127.0.0.1, asks for its token, and asks nobody for news. As root, in a container, it wants --allow-root.
 lab: setup
 	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
-	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$root
+	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \
+		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
+		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
 
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
 # come from a CPU with no network, so it sees neither a GPU nor the Hub.
@@ -35,7 +37,7 @@ test: setup
 	export TORCHINDUCTOR_CACHE_DIR="$$private/inductor" IPYTHONDIR="$$private/ipython"; \
 	$(python) -m pytest tests; \
 	color=; [ -t 1 ] || color=--color=no; \
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color --nbval --nbval-current-env \
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color -p tests.watch_kernel --nbval --nbval-current-env \
 		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
 
 # Interrupted, it goes on with the next call.

@@ -11,7 +11,9 @@ on where it was stopped, and tries again what failed.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -27,8 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import models, random_checkpoints, strategies
-from helpers import charts, cpu_backend, devices, processes, quality, records
-from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT, Checkpoint, cache_folder, check_versions
+from helpers import charts, checks, cpu_backend, devices, files, processes, quality, records
+from helpers.checkpoints import CHECKPOINTS, OTHER_CACHE, PACKAGE_ROOT, Checkpoint, cache_folder, find_pocket
 from helpers.errors import TutorialError
 
 RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
@@ -54,13 +56,13 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)  # as Ctrl-C: it ends the other process too
     try:
-        check_versions()
+        checks.check_versions()
         cpu_backend.enable()
         run(args)
     except TutorialError as error:
         sys.exit(str(error))
     except OSError as error:  # whatever else a full disk or a closed pipe stops
-        sys.exit(f"Stopped by the system ({error.strerror}): free some space; the same command goes on from here.")
+        sys.exit(f"Stopped by the system ({files.reason(error)}): the same command goes on from here.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. What was measured is kept: the same command goes on from here.")
 
@@ -104,13 +106,15 @@ def run(args: argparse.Namespace) -> None:
     """Measures what the command line asks for.
 
     Raises:
-        TutorialError: the checkpoint, the names or the disk are not as they must be, or every combination failed.
+        TutorialError: the checkpoint, the names or the disk are not as they must be, or a combination failed.
     """
     names = list(strategies.COMBINATIONS)
     if args.only:
         names = [name for name in NAMES if any(text in name for text in args.only)]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
+    files.check_writable(args.results, "name another folder with --results")
+    files.check_writable(cache_folder(), OTHER_CACHE)
     checkpoint = choose_checkpoint(args)
     model = models.find_model(checkpoint.path)
     size = "" if checkpoint.size == "given" else f"-{checkpoint.size}"
@@ -119,45 +123,42 @@ def run(args: argparse.Namespace) -> None:
     rows = read_rows(file, checkpoint, names, args)
     todo = [name for name in names if name not in {row.name for row in rows}]
     pictures = cache_folder() / "pictures" / f"{file.stem}-{digest(str(file.resolve()))}"
-    for folder in (args.results, pictures):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TutorialError(f"{folder} cannot be written ({error.strerror}): name another folder.") from None
+    files.check_writable(pictures, OTHER_CACHE)
     width = max(map(len, [*names, *(row.name for row in rows)]))
     print(heading(width))
     for row in rows:
         print(line(row, width))
-    saved, fault = "", ""
+    saved, fault, shown = "", "", set()
     bar = tqdm(todo, unit="combination", disable=None)  # a terminal shows it, a file does not
     for name in bar:
         bar.set_description(name)
         if name.startswith("saved nf4") and not saved and not fault:
             saved, fault = ensure_saved(model)
-        row = measure_one(name, checkpoint, replace(model, saved=saved), fault, args, pictures)
+        row = measure_one(name, checkpoint, replace(model, saved=saved), fault, args, pictures, shown)
         row = compare(row, rows, pictures)
         rows = sorted([*rows, row], key=lambda row: rank(row.name))
-        save(rows, file)
         tqdm.write(line(row, width))
+        records.save_measurements(rows, file, new=[row])
     draw_chart(rows, file)
-    if all(row.failure for row in rows if row.name in names):
-        raise TutorialError("None of these combinations could be measured: the table says why, for each.")
+    failed = sum(row.failure is not None for row in rows if row.name in names)
+    if failed:  # so that a script can tell
+        raise TutorialError(f"{failed} of {len(names)} combinations could not be measured: the table says why.")
 
 
 def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the command line names, with its settings; a random one is built if it is not there."""
     entry = {entry.path: entry for entry in CHECKPOINTS.values()}.get(args.checkpoint)
     if entry is not None and entry.size == "pocket":
-        checkpoint = replace(entry, path=str(PACKAGE_ROOT / "checkpoints" / entry.path))
+        checkpoint = replace(entry, path=find_pocket(entry.path))
     elif entry is not None and entry.size == "random":
         checkpoint = replace(entry, path=str(random_checkpoints.build(entry.model)))
     elif entry is not None:
-        checkpoint = entry
+        checkpoint = replace(entry, path=checks.find_on_hub(entry.path))
     else:
         checkpoint = Checkpoint(
             model=unique_name(args.checkpoint),
             size="given",
-            path=args.checkpoint,
+            path=find_given(args.checkpoint),
             prompts=(PROMPT,),
             height=None,
             width=None,
@@ -176,6 +177,15 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     if checkpoint.num_inference_steps is None and "num_inference_steps" in parameters:
         checkpoint = replace(checkpoint, num_inference_steps=parameters["num_inference_steps"].default)
     return checkpoint
+
+
+def find_given(path: str) -> str:
+    """What `from_pretrained` takes for a folder or a repository id, which must be there."""
+    if path and Path(path).exists():
+        return path
+    if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
+        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
+    return checks.find_on_hub(path)
 
 
 def read_rows(
@@ -208,10 +218,23 @@ def read_rows(
 
 
 def measure_one(
-    name: str, checkpoint: Checkpoint, model: models.Model, fault: str, args: argparse.Namespace, pictures: Path
+    name: str,
+    checkpoint: Checkpoint,
+    model: models.Model,
+    fault: str,
+    args: argparse.Namespace,
+    pictures: Path,
+    shown: set[str],
 ) -> records.Measurement:
-    """The row of one combination; what goes wrong in it becomes its `failure`. `fault`: why there is no saved nf4."""
+    """The row of one combination; what goes wrong in it becomes its `failure`.
+
+    `fault` says why there is no saved nf4; `shown` are the failures whose output was shown already.
+    """
+    (pictures / f"{slug(name)}.png").unlink(missing_ok=True)  # an earlier one must not stand for this one
+    said = io.StringIO()
     try:
+        if not name.endswith("eager"):
+            cpu_backend.check_compiler()
         if model.is_quantized and not name.startswith("saved nf4"):
             raise TutorialError("The weights are quantized already: only the combinations of saved nf4 can use them.")
         if name.startswith("saved nf4") and fault:
@@ -219,20 +242,24 @@ def measure_one(
         with tempfile.TemporaryDirectory() as compiled:
             # What one combination compiled must not shorten the first call of the next.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-            return processes.measure_in_fresh_process(
-                strategies.assemble,
-                checkpoint,
-                name,
-                {"name": name, "model": asdict(model)},
-                args.repeats,
-                args.warmups,
-                picture=pictures / f"{slug(name)}.png",
-                timeout_s=args.timeout,
-            )
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                return processes.measure_in_fresh_process(
+                    strategies.assemble,
+                    checkpoint,
+                    name,
+                    {"name": name, "model": asdict(model)},
+                    args.repeats,
+                    args.warmups,
+                    picture=pictures / f"{slug(name)}.png",
+                    timeout_s=args.timeout,
+                )
     except OSError as error:
-        failure = f"{name} has no folder to compile in ({error.strerror}): free some space, or set TMPDIR."
+        failure = str(files.cannot_write("The folder to compile in", error, "set TMPDIR to another folder"))
     except TutorialError as error:
-        failure = str(error)
+        failure = str(error).removeprefix(f"{name} ")  # its row begins with it
+        if "see the output above" in failure and failure not in shown:
+            shown.add(failure)  # the same output once
+            tqdm.write(said.getvalue(), file=sys.stderr)
     return replace(records.measurement(name, checkpoint), repeats=args.repeats, warmups=args.warmups, failure=failure)
 
 
@@ -266,37 +293,20 @@ def ensure_saved(model: models.Model) -> tuple[str, str]:
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     # 4.5 bits of 16 in the quantized components, and some layers that stay as they are.
-    needed = sum(size * (0.4 if name in model.quantized else 1) for name, size in model.sizes.items()) / 1e9
+    needed = sum(size * (0.4 if name in model.quantized else 1) for name, size in model.sizes.items())
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(part.parent).free / 1e9
-        if free < needed:
-            return "", (
-                f"The saved nf4 weights need {needed:.1f} GB of disk and {part.parent} has {free:.1f} GB free: free "
-                "some space or set TUTORIAL_CACHE to a folder on a larger disk."
-            )
+        files.check_space(part.parent, needed, "A checkpoint with nf4 weights", OTHER_CACHE)
         job = {"model": asdict(model), "folder": str(part)}
         processes.run_in_fresh_process(strategies.save_nf4, job)
         part.rename(folder)  # in one go: what has this name is whole
     except OSError as error:
-        return "", f"{folder} cannot be written ({error.strerror}): set TUTORIAL_CACHE to another folder."
+        return "", str(files.cannot_write(folder, error, OTHER_CACHE))
     except TutorialError as error:
         return "", str(error)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return str(folder), ""
-
-
-def save(rows: list[records.Measurement], file: Path) -> None:
-    """Writes the rows.
-
-    Raises:
-        TutorialError: the disk is full, or the file cannot be written.
-    """
-    try:
-        records.save_measurements(rows, file)
-    except OSError as error:
-        raise TutorialError(f"{file} cannot be written ({error.strerror}): free some space and run again.") from None
 
 
 def heading(width: int) -> str:
@@ -330,9 +340,7 @@ def draw_chart(rows: list[records.Measurement], file: Path) -> None:
     try:
         chart.savefig(file.with_suffix(".png"))
     except OSError as error:
-        raise TutorialError(
-            f"{file.with_suffix('.png')} cannot be written ({error.strerror}): free some space."
-        ) from None
+        raise files.cannot_write(file.with_suffix(".png"), error, "name another folder with --results") from None
     print(f"chart: {file.with_suffix('.png')}")
 
 

@@ -1,6 +1,7 @@
 """What the benchmark must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
+from helpers import checks
 from helpers.errors import TutorialError
 
 LARGE = 0.25
@@ -86,6 +86,8 @@ def find_model(path: str) -> Model:
     denoisers = tuple(name for name, cls in classes.items() if _is_denoiser(name, cls))
     if not denoisers:
         raise TutorialError(f"{path} is a {pipeline}, in which no transformer and no UNet was found.")
+    if Path(path).is_dir():
+        checks.check_folder(Path(path))
     sizes, variant = _weight_sizes(path)
     encoders = tuple(name for name, cls in classes.items() if _is_text_encoder(name, cls))
     # CLIP is small beside a T5 or a language model. A pipeline may have nothing else.
@@ -97,10 +99,7 @@ def find_model(path: str) -> Model:
         for name, cls in classes.items()
         if _is_diffusers_model(cls) and ("Autoencoder" in cls.__name__ or "VQ" in cls.__name__)
     )
-    try:
-        configs = [classes[name].load_config(path, subfolder=name) for name in denoisers]
-    except OSError as error:
-        raise TutorialError(f"{path} is incomplete ({_first_line(error)}): restore it, or download it again.") from None
+    configs = [_read_json(path, f"{name}/config.json") for name in denoisers]
     is_quantized = any("quantization_config" in config for config in configs)
     return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant, is_quantized)
 
@@ -111,22 +110,18 @@ def read_index(path: str) -> dict[str, Any]:
     Raises:
         TutorialError: there is none, or it names no pipeline.
     """
-    if not path or (not Path(path).exists() and (path.count("/") != 1 or path.startswith(("/", ".", "~")))):
-        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
-    try:
-        index = DiffusionPipeline.load_config(path)
-    except (OSError, ValueError) as error:  # the errors of the Hub are among these
-        raise TutorialError(
-            f"{path} is no checkpoint of a diffusers pipeline ({_first_line(error)}): give a folder with a "
-            "model_index.json, or a repository id such as stabilityai/stable-diffusion-3.5-medium."
-        ) from None
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+    if Path(path).is_dir():
+        checks.check_folder(Path(path), index_only=True)
+    index = _read_json(path, "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
         raise TutorialError(f"The model_index.json of {path} names no class of diffusers: give another checkpoint.")
     return index
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+def _read_json(path: str, file: str) -> dict[str, Any]:
+    """A JSON file of a folder, which was checked, or of a repository."""
+    folder = Path(path)
+    return json.loads((folder / file).read_text("utf-8")) if folder.is_dir() else checks.read_hub_json(path, file)
 
 
 def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
@@ -185,11 +180,7 @@ def _weight_sizes(path: str) -> tuple[dict[str, int], str | None]:
     if folder.is_dir():
         files = [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.glob("*/*")]
     else:
-        try:
-            siblings = HfApi().model_info(path, files_metadata=True).siblings or []
-        except HfHubHTTPError.__bases__ as error:
-            raise TutorialError(f"The Hub cannot be asked about {path} ({type(error).__name__}): try again.") from None
-        files = [(file.rfilename, file.size or 0) for file in siblings if file.rfilename.count("/") == 1]
+        files = [(file, size) for file, size in checks.hub_files(path) if file.count("/") == 1]
     sizes: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}  # in the fp16 variant?
     for file, size in files:
         component, name = file.split("/")

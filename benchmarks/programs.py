@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.__main__ import RESULTS, slug
-from helpers import devices, processes, records
+from helpers import checks, devices, files, processes, records
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
@@ -126,11 +126,12 @@ def main() -> None:
     parser.add_argument("--no-segments", action="store_true", help="without expandable segments")
     args = parser.parse_args()
     try:
+        checks.check_versions()
         measure_programs(args)
     except TutorialError as error:
         sys.exit(str(error))
     except OSError as error:
-        sys.exit(f"Stopped by the system ({error.strerror}): free some space; what was measured is kept.")
+        sys.exit(f"Stopped by the system ({files.reason(error)}). What was measured is kept.")
     except KeyboardInterrupt:
         sys.exit("\nStopped. What was measured is kept.")
 
@@ -143,12 +144,16 @@ def measure_programs(args: argparse.Namespace) -> None:
     """
     if devices.accelerator().type != "cuda":
         raise TutorialError("A limit on GPU memory needs an NVIDIA GPU, and this machine shows none.")
-    if not (args.saved / "model_index.json").is_file():
-        raise TutorialError(f"{args.saved} has no saved pipeline: run the lesson's program that saves it first.")
+    fault = checks.find_fault(args.saved)
+    if fault is not None:
+        raise TutorialError(
+            f"{args.saved} has no complete pipeline ({fault}): run the lesson's program that saves it first."
+        )
     programs = drawing_programs()[args.model]
     if args.card is not None and args.card not in programs:
         raise TutorialError(f"There is no program for {args.card!r}: choose one of {', '.join(programs)}.")
     file = RESULTS / f"limits_{slug(devices.device_name())}.json"
+    files.check_writable(RESULTS, "start this in a checkout that you can write to")
     for card in tqdm([args.card] if args.card else list(programs), unit="program", disable=None):
         row = {"model": args.model, "card": card, "limit_gb": args.limit, "expandable_segments": not args.no_segments}
         program = under_limit(
@@ -162,7 +167,7 @@ def measure_programs(args: argparse.Namespace) -> None:
             "date": str(datetime.date.today()),
         }
         tqdm.write(str(row))
-        records.write_json([*rows, row], file)
+        records.write_json([*rows, row], file, new=row)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ one file of at most 10 GB. The nf4 checkpoint needs no bf16 one.
 """
 
 import argparse
-import errno
 import json
 import shutil
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from helpers import checkpoints, devices
+from helpers import checkpoints, checks, devices, files
 from helpers.errors import TutorialError
 
 # The encoders of T5 XXL and UMT5 XXL differ in their vocabulary, and UMT5 has a position bias in each layer.
@@ -272,13 +271,8 @@ def write_checkpoint(model: str, nf4: bool, folder: Path) -> None:
         )
     modules = {name: create(model, name, nf4) for name in COMPONENTS[model]}
     total = sum(stored_bytes(parameter) for module in modules.values() for parameter in module.parameters())
-    needed, free = total / 1e9 + 1, shutil.disk_usage(folder.parent).free / 1e9
-    if free < needed:
-        raise TutorialError(
-            f"The random checkpoint needs {needed:.0f} GB of disk and {folder.parent} has {free:.0f} GB free: "
-            "free some space or set TUTORIAL_CACHE to a folder on a larger disk."
-        )
-    print(f"Writing {folder.stem}, {total / 1e9:.1f} GB, into {folder.parent} ({free:.0f} GB free).", flush=True)
+    files.check_space(folder.parent, total + 1e9, "The random checkpoint", checkpoints.OTHER_CACHE)
+    print(f"Writing {folder.stem}, {files.size(total)}, into {folder.parent}.", flush=True)
 
     folder.mkdir()
     shutil.copy(pocket / "model_index.json", folder)
@@ -322,11 +316,7 @@ def build(model: str, nf4: bool = False) -> Path:
     except TimeoutError:
         raise TutorialError(f"Another process is building {folder}: wait until it is done.") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full: free some space or set TUTORIAL_CACHE to a folder on a larger disk"
-        else:
-            reason = f"{error}: set TUTORIAL_CACHE to a folder that you can write to"
-        raise TutorialError(f"{folder} could not be written, {reason}.") from None
+        raise files.cannot_write(folder, error, checkpoints.OTHER_CACHE) from None
     return folder
 
 
@@ -341,6 +331,7 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help="as nf4 instead of bf16, in a folder of its own")
     arguments = parser.parse_args()
     try:
+        checks.check_versions()
         print(f"The checkpoint is in {build(arguments.model, arguments.nf4)}")
     except TutorialError as error:
         sys.exit(str(error))

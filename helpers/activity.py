@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from helpers.devices import accelerator, environment, synchronize
+from helpers.records import write_json
 
 KINDS = ("copy to the accelerator", "compute", "copy back")
 
@@ -93,6 +94,9 @@ def save_activities(
     """Write what of each recording lies between two moments, overlapping spans of a kind joined, as JSON.
 
     The file also says on which device and with which versions it was recorded.
+
+    Raises:
+        TutorialError: the file cannot be written; what it would hold is printed.
     """
     lanes = {
         name: {
@@ -102,8 +106,7 @@ def save_activities(
         }
         for name, activities in recordings.items()
     }  # fmt: skip
-    text = json.dumps({"environment": environment(), "recordings": lanes})
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_json({"environment": environment(), "recordings": lanes}, path, indent=None)
 
 
 def load_activities(path: str | Path) -> dict[str, list[Activity]]:

@@ -4,31 +4,16 @@ The environment variable TUTORIAL_MODELS chooses, and this module alone reads it
 same for all three.
 """
 
-import json
 import os
-import shutil
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import HfApi, auth_check, constants, get_token, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from packaging.requirements import Requirement
-
+from helpers.checks import PACKAGE_ROOT, check_versions, find_fault, find_on_hub
 from helpers.errors import TutorialError
 
 SIZES = ("pocket", "full", "random")
-# What a lesson computes with. The other dependencies of this package are for Jupyter and the tests.
-MODEL_LIBRARIES = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "safetensors", "torch", "transformers")
-PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+OTHER_CACHE = "set TUTORIAL_CACHE to another folder"  # what to do where `cache_folder` does not serve
 
 # The prompt of the diffusers guide "Compiling and offloading quantized models".
 GUIDE_PROMPT = (
@@ -181,7 +166,7 @@ def get_checkpoint(model: str) -> Checkpoint:
     if model not in models:
         raise TutorialError(f"There is no model {model!r}: ask get_checkpoint for {_either(map(repr, models))}.")
     checkpoint = CHECKPOINTS[model, size]
-    find = {"pocket": _find_pocket, "full": _find_full, "random": _find_random}[size]
+    find = {"pocket": find_pocket, "full": _find_full, "random": _find_random}[size]
     return replace(checkpoint, path=find(checkpoint.path))
 
 
@@ -189,8 +174,12 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(names)
 
 
-def _find_pocket(name: str) -> str:
-    """Path of `checkpoints/<name>` in the repository that this package, or the current folder, is in."""
+def find_pocket(name: str) -> str:
+    """Path of `checkpoints/<name>` in the repository that this package, or the current folder, is in.
+
+    Raises:
+        TutorialError: it is missing or incomplete.
+    """
     here = Path.cwd()
     for root in (PACKAGE_ROOT, here, *here.parents):
         folder = root / "checkpoints" / name
@@ -228,153 +217,4 @@ def _find_random(name: str) -> str:
 
 def _find_full(repo_id: str) -> str:
     """Folder of `repo_id` in the local cache if all of it is there, else `repo_id`, once a download can succeed."""
-    try:
-        folder = snapshot_download(repo_id, local_files_only=True)
-        if find_fault(Path(folder)) is None:
-            return folder  # needs no network, no token and no space
-    except LocalEntryNotFoundError:
-        pass
-
-    remedy = "or unset TUTORIAL_MODELS to use the pocket checkpoint"
-    try:
-        auth_check(repo_id)
-        needed = _missing_bytes(repo_id)
-    except GatedRepoError:
-        if get_token() is None:
-            action = f"accept its licence at https://huggingface.co/{repo_id} and log in with `hf auth login`"
-            raise TutorialError(f"{repo_id} is gated and you are not logged in: {action}, {remedy}.") from None
-        action = f"accept it at https://huggingface.co/{repo_id}"
-        raise TutorialError(
-            f"{repo_id} is gated and your account has not accepted its licence: {action}, {remedy}."
-        ) from None
-    except RepositoryNotFoundError:
-        raise TutorialError(
-            f"The Hub does not show {repo_id} to you, most often because of an invalid token: "
-            f"log in again with `hf auth login`, {remedy}."
-        ) from None
-    except OfflineModeIsEnabled:
-        raise TutorialError(
-            f"{repo_id} is not complete in the local cache and offline mode is on: unset HF_HUB_OFFLINE to download "
-            f"it, {remedy}."
-        ) from None
-    # OSError, and the base error of the HTTP library that huggingface_hub uses (httpx or requests, by version).
-    except HfHubHTTPError.__bases__ as error:
-        raise TutorialError(
-            f"{repo_id} is not complete in the local cache and the Hub cannot be reached ({type(error).__name__}): "
-            f"check the network and try again, {remedy}."
-        ) from None
-
-    cache = Path(constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise TutorialError(
-            f"{repo_id} needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB free: free "
-            f"some space or set HF_HOME to a folder on a larger disk, {remedy}."
-        )
-    return repo_id
-
-
-def _missing_bytes(repo_id: str) -> int:
-    """Bytes of `repo_id` that are still to be downloaded. A pipeline loads from subfolders, not single-file weights."""
-    files = HfApi().model_info(repo_id, files_metadata=True).siblings or []
-    wanted = [file for file in files if "/" in file.rfilename]
-    return sum(
-        file.size or 0 for file in wanted if not isinstance(try_to_load_from_cache(repo_id, file.rfilename), str)
-    )
-
-
-def find_fault(folder: Path) -> str | None:
-    """What is missing or broken in a checkpoint folder in diffusers format; None if it is complete.
-
-    It reads the list of components, the names of the files and the headers of the weights: milliseconds at any size.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return "model_index.json is missing"
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError:
-        return "model_index.json cannot be read"
-    for name, entry in entries.items():
-        # A component is [library, class]; [null, null] is one that this pipeline does without.
-        if isinstance(entry, list) and entry[0] is not None:
-            if not (folder / name).is_dir():
-                return f"{name}/ is missing"
-            fault = _find_component_fault(folder / name)
-            if fault is not None:
-                return f"{name}/{fault}"
-    return None
-
-
-def _find_component_fault(folder: Path) -> str | None:
-    """The same for the folder of one component."""
-    if (folder / "scheduler_config.json").is_file() or (folder / "preprocessor_config.json").is_file():
-        return None
-    if (folder / "tokenizer_config.json").is_file():
-        vocabularies = ("tokenizer.json", "vocab.json", "spiece.model")
-        return None if any((folder / file).is_file() for file in vocabularies) else "tokenizer.json is missing"
-    if not (folder / "config.json").is_file():
-        return "config.json is missing"
-    for index in folder.glob("*.safetensors.index.json"):
-        for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-            if not (folder / shard).is_file():
-                return f"{shard} is missing"
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        return "*.safetensors is missing"
-    for file in weights:
-        if not _is_whole(file):
-            return f"{file.name} is cut short"
-    return None
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says.
-
-    Eight bytes give the length of a JSON header, which gives the end of each tensor behind it
-    (https://huggingface.co/docs/safetensors/index#format).
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            return False
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return False
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
-
-
-def check_versions() -> None:
-    """Check that the libraries in MODEL_LIBRARIES are in the ranges of `pyproject.toml`.
-
-    Raises:
-        TutorialError: one is missing, too old, or too new.
-    """
-    for requirement in _requirements():
-        if requirement.name not in MODEL_LIBRARIES:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        needed = f"{requirement.name}{requirement.specifier}"
-        command = f'run `python -m pip install --upgrade "{needed}"` and restart the kernel'
-        try:
-            found = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            raise TutorialError(f"{requirement.name} is not installed: {command}.") from None
-        if not requirement.specifier.contains(found, prereleases=True):
-            raise TutorialError(f"{requirement.name} {found} is installed and the lessons need {needed}: {command}.")
-
-
-def _requirements() -> list[Requirement]:
-    """The dependencies of this package: from `pyproject.toml` in a clone, else from the installation's metadata."""
-    pyproject = PACKAGE_ROOT / "pyproject.toml"
-    if pyproject.is_file():
-        dependencies = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("dependencies", [])
-    else:
-        distributions = metadata.packages_distributions().get("helpers", [])
-        dependencies = metadata.requires(distributions[0]) or [] if distributions else []
-    return [Requirement(dependency) for dependency in dependencies]
+    return find_on_hub(repo_id, "unset TUTORIAL_MODELS to use the pocket checkpoint")

@@ -1,5 +1,6 @@
 """A function in a process of its own, so that no memory, cache or peak of this one is in its figures."""
 
+import contextlib
 import os
 import pickle
 import re
@@ -78,7 +79,7 @@ def measure_in_fresh_process(
     `load` returns the pipeline, ready to be called; or the pipeline and a dictionary of arguments to call it with
     besides those of the checkpoint, of which None removes one. `repeats` and `warmups` are those of `measure_run`. With
     `picture`, a file name ending in .png, the last image is written there, a video as its frames in a row. Height,
-    width and frames of the measurement are those of what was drawn.
+    width and frames of the measurement are those of what was drawn. A picture that cannot be written is missing.
 
     Raises:
         TutorialError: as `run_in_fresh_process`.
@@ -119,7 +120,9 @@ def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | 
     drawn = getattr(output, kind)
     frames = [_as_picture(frame) for frame in (drawn[0] if kind == "frames" else drawn[:1])]
     if picture is not None:
-        Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)).save(picture)
+        row = Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1))
+        with contextlib.suppress(OSError):  # what was measured is worth more than the picture
+            row.save(picture)
     count = len(frames) if kind == "frames" else None
     return {"height": frames[0].height, "width": frames[0].width, "frames": count}
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from helpers import files
 from helpers.checkpoints import Checkpoint
 from helpers.devices import GB, component_footprints, environment
 from helpers.errors import TutorialError
@@ -138,20 +139,32 @@ def measurement(
     return Measurement(**(values | changes))
 
 
-def save_measurements(measurements: Sequence[Measurement], path: str | Path) -> None:
-    """Write measurements to a JSON file, one object each."""
-    write_json([entry.to_dict() for entry in measurements], path)
+def save_measurements(
+    measurements: Sequence[Measurement], path: str | Path, new: Sequence[Measurement] | None = None
+) -> None:
+    """Write measurements to a JSON file, one object each; `new` as in `write_json`.
+
+    Raises:
+        TutorialError: the file cannot be written.
+    """
+    write_json(
+        [entry.to_dict() for entry in measurements], path, None if new is None else [row.to_dict() for row in new]
+    )
 
 
-def write_json(rows: list[dict[str, Any]], path: str | Path) -> None:
-    """Write rows to a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was."""
-    text = json.dumps(rows, indent=2)
-    part = Path(path).with_suffix(".part")
+def write_json(content: Any, path: str | Path, new: Any | None = None, indent: int | None = 2) -> None:
+    """Write a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was.
+
+    Nothing measured is lost: where the file cannot be written, `new`, or all of the content, is printed.
+
+    Raises:
+        TutorialError: the file cannot be written.
+    """
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        files.write_text(path, json.dumps(content, indent=indent) + "\n")
+    except TutorialError:
+        print(json.dumps(content if new is None else new), flush=True)
+        raise
 
 
 def load_measurements(path: str | Path) -> list[Measurement]:

@@ -3,6 +3,7 @@
 Nothing here needs the network or the trained checkpoints of the repository.
 """
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from helpers import cpu_backend
+from helpers import checkpoints, checks, cpu_backend
+from helpers.errors import TutorialError
 
 # A shell starts a job in the background with Ctrl-C ignored, and so would be the programs that the tests stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -161,3 +163,25 @@ def nf4_pipeline(tiny_checkpoint) -> FluxPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def pocket(tmp_path, monkeypatch, tiny_checkpoint) -> Path:
+    """A copy of the tiny checkpoint where the pocket checkpoint belongs, in a repository of its own."""
+    for name in ("TUTORIAL_MODELS", "TUTORIAL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "repository" / "checkpoints" / "pocket-flux"
+    shutil.copytree(tiny_checkpoint, folder)
+    for module in (checkpoints, checks):
+        monkeypatch.setattr(module, "PACKAGE_ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def message_of(function, *arguments) -> str:
+    """The text of the TutorialError that the call raises, which must be one sentence."""
+    with pytest.raises(TutorialError) as caught:
+        function(*arguments)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and ". " not in text
+    return text

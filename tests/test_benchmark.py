@@ -1,12 +1,15 @@
 """The benchmark program, on tiny checkpoints of nine families."""
 
+import errno
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from dataclasses import asdict, replace
@@ -17,10 +20,11 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
+from torch._inductor import config
 
 from benchmarks import __main__ as program
 from benchmarks import models, strategies
-from helpers import devices, processes, records
+from helpers import cpu_backend, devices, processes, records
 from helpers.errors import TutorialError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,7 +216,7 @@ def out_of_memory():
 def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatch, tmp_path, capsys):
     started.failures = {"bf16, resident, eager": out_of_memory, "save": out_of_memory}
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
-    assert run(monkeypatch, *options) == ""
+    assert run(monkeypatch, *options) == "4 of 6 combinations could not be measured: the table says why."
     rows = results(tmp_path / "r")
     assert list(rows) == [name for name in program.NAMES if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
@@ -293,9 +297,12 @@ def test_disk_that_is_too_small(checkpoint, started, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(program.shutil, "disk_usage", lambda path: usage(1, 1, 0))
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "leaf group offload, eager")
-    assert "None of these combinations could be measured" in run(monkeypatch, *options)  # so a script can tell
+    assert "1 of 1 combinations could not be measured" in run(monkeypatch, *options)  # so a script can tell
     (row,) = results(tmp_path / "r").values()
-    assert "has 0.0 GB free: free some space" in row.failure and started.measured == []
+    assert (
+        re.search(r"needs \d\.\d MB of disk .* has 0 bytes free: free some space", row.failure)
+        and started.measured == []
+    )
 
 
 def test_disk_that_fills(checkpoint, started, monkeypatch, tmp_path, capsys):  # capsys: output to no file
@@ -303,14 +310,95 @@ def test_disk_that_fills(checkpoint, started, monkeypatch, tmp_path, capsys):  #
     assert run(monkeypatch, *options, "bf16, resident, eager") == ""
     before = results(tmp_path / "r")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # each file ends there with an error, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # each file ends there with an error, as on a full disk
     try:
         sentence = run(monkeypatch, *options, "eager")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot be written" in sentence and "\n" not in sentence
-    assert results(tmp_path / "r") == before
+    assert "cannot be written (the system limits the size of files)" in sentence and "\n" not in sentence
+    kept = results(tmp_path / "r")
+    measured = [name for name in started.measured if name != "save"]
+    assert before.items() <= kept.items() and measured == [*kept, measured[-1]]
+    # What could not be written is not lost.
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[{")]
+    (lost,) = json.loads(printed)
+    assert lost["name"] == measured[-1] and lost["latency_s"] == 2.0
     assert {file.suffix for file in (tmp_path / "r").iterdir()} == {".json", ".png"}
+
+
+def test_earlier_picture_is_not_compared(checkpoint, started, monkeypatch, tmp_path):
+    """The other process could not write one, or failed: there is no distance."""
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "bf16, resident, eager")
+    assert run(monkeypatch, *options) == ""
+    monkeypatch.setattr(Image.Image, "save", lambda *arguments, **settings: None)
+    assert run(monkeypatch, *options, "--again") == ""
+    (row,) = results(tmp_path / "r").values()
+    assert row.distance is None
+
+
+# Checks before the work
+
+
+@pytest.mark.parametrize("broken", ["--results", "TUTORIAL_CACHE"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_folder_that_cannot_be_written(number, broken, checkpoint, started, monkeypatch, tmp_path):
+    place, temporary_file = tmp_path / "broken", tempfile.TemporaryFile
+
+    def refuse(dir=None, **settings):
+        if place == dir:
+            raise OSError(number, os.strerror(number), str(dir))
+        return temporary_file(dir=dir, **settings)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    if broken == "TUTORIAL_CACHE":
+        monkeypatch.setenv(broken, str(place))
+    results = place if broken == "--results" else tmp_path
+    sentence = run(monkeypatch, "--checkpoint", checkpoint("sd3"), "--results", results)
+    said = {errno.EROFS: "file system is read-only", errno.ENOSPC: "disk is full", errno.EACCES: "no permission"}
+    assert f"{place} cannot be written (" in sentence and said[number] in sentence and broken in sentence
+    assert ("free some space" in sentence) == (number == errno.ENOSPC) and started.measured == []
+
+
+def test_cut_weights_are_named_and_no_old_row_is_shown(checkpoint, started, monkeypatch, tmp_path, capsys):
+    shutil.copytree(checkpoint("sd3"), tmp_path / "sd3")
+    options = ("--checkpoint", tmp_path / "sd3", "--results", tmp_path / "r", "--only", "bf16, resident, eager")
+    assert run(monkeypatch, *options) == ""
+    capsys.readouterr()
+    weights = tmp_path / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    sentence = run(monkeypatch, *options)
+    assert "(transformer/diffusion_pytorch_model.safetensors is cut short): restore it" in sentence
+    assert "bf16" not in capsys.readouterr().out and len(started.measured) == 1
+
+
+def test_deleted_pocket_checkpoint(pocket, started, monkeypatch, tmp_path):
+    shutil.rmtree(pocket)
+    sentence = run(monkeypatch, "--checkpoint", "pocket-flux", "--results", tmp_path / "r")
+    assert "git checkout -- checkpoints/pocket-flux" in sentence and started.measured == []
+
+
+def test_no_compiler(checkpoint, started, monkeypatch, tmp_path):
+    """What needs one says so, in the lessons' sentence; the others are measured."""
+    monkeypatch.setattr(cpu_backend, "has_gpu", lambda: False)
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "bf16, resident", "recipe 1")
+    assert run(monkeypatch, *options) == "3 of 4 combinations could not be measured: the table says why."
+    assert started.measured == ["bf16, resident, eager"]
+    failures = [row.failure for row in results(tmp_path / "r").values() if row.failure]
+    assert len(failures) == 3 and all("no-such-compiler was not found: install one" in text for text in failures)
+
+
+def test_same_output_of_failures_is_shown_once(checkpoint, started, monkeypatch, tmp_path, capsys):
+    def fail():
+        print("Traceback of many lines", file=sys.stderr)
+        raise TutorialError(f"{started.measured[-1]} failed in its own process: KeyError: 'a'; see the output above.")
+
+    started.failures = {"bf16, resident, eager": fail, "nf4, resident, eager": fail}
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "resident, eager")
+    assert "2 of 2" in run(monkeypatch, *options)
+    printed = capsys.readouterr()
+    assert printed.err.count("Traceback of many lines") == 1
+    assert printed.out.count("failed: failed in its own process: KeyError") == 2  # the name is not repeated
 
 
 # Bad input
@@ -319,14 +407,17 @@ def test_disk_that_fills(checkpoint, started, monkeypatch, tmp_path, capsys):  #
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        (None, "no file named model_index.json"),
-        ("{", "no checkpoint"),
+        (None, "model_index.json is missing"),
+        ("{", "model_index.json cannot be read"),
         ("{}", "names no class"),
         ('{"_class_name": "NoSuchPipeline"}', "does not have"),
         ('{"_class_name": "StableVideoDiffusionPipeline", "unet": ["diffusers", "UNet2DModel"]}', "takes no prompt"),
         ('{"_class_name": "WanImageToVideoPipeline"}', r"more than a prompt \(image\)"),
         ('{"_class_name": "SanaPipeline", "transformer": [null, null]}', "no transformer and no UNet"),
-        ('{"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}', "is incomplete"),
+        (
+            '{"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}',
+            "transformer/ is missing",
+        ),
     ],
 )
 def test_folder_that_is_no_such_checkpoint(index, expected, started, monkeypatch, tmp_path):

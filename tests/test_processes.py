@@ -2,6 +2,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,3 +159,9 @@ def test_a_pipeline_that_fails_in_a_fresh_process(tmp_path):
         processes.measure_in_fresh_process(
             load_bf16, CHECKPOINTS["flux", "pocket"], "x", {"path": str(tmp_path), "steps": 1}
         )
+
+
+def test_a_picture_that_cannot_be_written_costs_no_figure(tmp_path):
+    output = SimpleNamespace(images=[Image.new("RGB", (8, 4))])
+    drawn = processes._drawn(None, output, tmp_path / "no" / "a.png")
+    assert drawn == {"height": 4, "width": 8, "frames": None}

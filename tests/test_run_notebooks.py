@@ -1,5 +1,6 @@
 """The notebook runner, on tiny notebooks: exit status, its lines, the pages."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 # The smallest picture: one transparent pixel.
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+LONG = "The checkpoint is not there, " + "for a reason of many words, " * 40 + "so do what stands here at the end."
 
 
 def write_notebook(folder, name, *sources):
@@ -36,14 +40,17 @@ def start(folder, **environment):
 
 
 def test_passing_and_failing(tmp_path):
-    """One run of four notebooks: each has its line and its page, and the failing ones stop nobody."""
+    """One run of five notebooks: each has its line and its page, and the failing ones stop nobody."""
     picture = f"from IPython.display import Image\nimport base64\nImage(base64.b64decode('{PIXEL}'))"
     where = "import os\nprint(os.path.basename(os.getcwd()), os.environ['TUTORIAL_MODELS'])"
     paths = [
         write_notebook(tmp_path, "01_good", where, picture),
         write_notebook(tmp_path, "02_bad", "x = 1", "\nresult = 1 / 0\nresult", "print('never')"),
-        write_notebook(tmp_path, "03_dies", "import os\nos._exit(1)"),
+        write_notebook(tmp_path, "03_dies", "import os\nos.kill(os.getpid(), 9)"),
         tmp_path / "04_broken.ipynb",
+        write_notebook(
+            tmp_path, "05_advice", f"class TutorialError(RuntimeError): pass\nraise TutorialError({LONG!r})"
+        ),
     ]
     paths[3].write_text("not a notebook")
     before = [path.read_bytes() for path in paths]
@@ -57,9 +64,12 @@ def test_passing_and_failing(tmp_path):
     assert lines[0].startswith("01_good  passed")
     assert lines[1].startswith("02_bad  FAILED")
     assert lines[1].endswith("cell 2 (result = 1 / 0): ZeroDivisionError: division by zero")
-    assert lines[2].startswith("03_dies  FAILED") and "cell 1 (import os): the kernel died" in lines[2]
+    assert lines[2].startswith("03_dies  FAILED") and lines[2].endswith(
+        "cell 1 (import os): the kernel was killed (SIGKILL), most often because memory ran out"
+    )
     assert lines[3].startswith("04_broken  FAILED") and "not a valid notebook" in lines[3]
-    assert lines[4].startswith("3 of 4 notebooks failed") and str(tmp_path / "build") in lines[4]
+    assert lines[4].startswith("05_advice  FAILED") and lines[4].endswith(f"TutorialError: {LONG}")
+    assert lines[5].startswith("4 of 5 notebooks failed") and str(tmp_path / "build") in lines[5]
 
     good, bad = ((tmp_path / "build" / f"{name}.html").read_text() for name in ("01_good", "02_bad"))
     assert f"{tmp_path.name} random" in good
@@ -93,3 +103,27 @@ def test_stop(tmp_path):
         assert errors.strip() == "Stopped."
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid_file.read_text()), 0)
+
+
+def test_build_folder_that_cannot_be_written(tmp_path, capsys):
+    """Said before the first cell runs."""
+    write_notebook(tmp_path, "01_good", "open('ran', 'w')")
+    (tmp_path / "build").touch()
+    assert run_notebooks.main(["--notebooks", str(tmp_path), "--build", str(tmp_path / "build")]) == 1
+    printed = capsys.readouterr()
+    assert "build cannot be written (a file stands where a folder must be): name another" in printed.err
+    assert printed.err.count("\n") == 1 and not (tmp_path / "ran").exists()
+
+
+def test_page_that_cannot_be_written_leaves_the_figures(tmp_path, capsys, monkeypatch):
+    path = write_notebook(tmp_path, "01_good", "print('latency', 1.5)", "2.5")
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    assert run_notebooks.run_one(path, tmp_path) is False
+    printed = capsys.readouterr().out
+    assert "latency 1.5" in printed and "2.5" in printed
+    assert printed.splitlines()[-1].startswith("01_good  FAILED")
+    assert "the lesson passed; " in printed and "01_good.html cannot be written (the disk is full): free" in printed

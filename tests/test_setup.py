@@ -120,6 +120,16 @@ def test_unfit_machine(tree, environment, sentence):
     assert not (tree / ".venv").exists()
 
 
+def test_folder_that_cannot_be_written(tree):
+    tools = tree / "bin"
+    tools.mkdir()
+    (tools / "mktemp").write_text("#!/bin/sh\necho 'mktemp: failed: ./.probe: Read-only file system' >&2\nexit 1\n")
+    (tools / "mktemp").chmod(0o755)
+    status, said, did = setup(tree, PATH=f"{tools}:{os.environ['PATH']}")
+    assert (status, did) == (1, []) and said.count("\n") == 1
+    assert f"{tree} cannot be written (Read-only file system), and .venv" in said
+
+
 def test_little_space(tree):
     tools = tree / "bin"
     tools.mkdir()

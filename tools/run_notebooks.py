@@ -11,7 +11,9 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass, field
@@ -23,10 +25,13 @@ try:
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbconvert import HTMLExporter
     from traitlets.config import Config
+
+    from helpers import errors, files
 except ImportError as error:
     sys.exit(f"{error.name} is missing: start this with `make run`, which sets up .venv.")
 
 ROOT = Path(__file__).resolve().parent.parent
+OTHER_BUILD = "name another folder, as in make run ARGS='--build /tmp/pages'"
 LOG_EVERY_S = 20  # a sign of life when nobody watches a terminal
 
 
@@ -39,6 +44,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     cell_number: int = 0  # of code cells, from 1, as the reader sees them: In [7]
     cell_source: str = ""
+    kernel: subprocess.Popen | None = None
 
     @property
     def cell_count(self) -> int:
@@ -54,6 +60,11 @@ class Run:
         """nbclient calls this before each code cell."""
         self.cell_number += 1
         self.cell_source = cell.source
+
+
+def kernel_process(client: NotebookClient) -> subprocess.Popen | None:
+    """The process of the kernel; None before it starts and after it is cleaned up."""
+    return getattr(getattr(client.km, "provisioner", None), "process", None)
 
 
 def is_executed(cell: nbformat.NotebookNode) -> bool:
@@ -86,8 +97,13 @@ def execute(run: Run) -> str | None:
         record_timing=False,
         resources={"metadata": {"path": str(run.path.parent)}},
         config=Config(KernelManager={"transport_encryption": "auto"}),  # else every kernel warns that it is off
-        on_cell_execute=run.on_cell,
     )
+
+    def on_cell(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        run.on_cell(cell, cell_index)
+        run.kernel = kernel_process(client)
+
+    client.on_cell_execute = on_cell
     outcome: list[BaseException | None] = []
 
     def work() -> None:
@@ -127,7 +143,7 @@ def show_progress(run: Run, worker: threading.Thread) -> None:
 
 def kill_kernel(client: NotebookClient) -> None:
     """End the kernel at once; it has its own process group and has seen no Ctrl-C."""
-    process = getattr(getattr(client.km, "provisioner", None), "process", None)
+    process = kernel_process(client)
     if process is not None and process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -136,19 +152,20 @@ def describe_failure(run: Run, error: BaseException | None) -> str | None:
     """One sentence that names the cell and the error; None if there was none."""
     if error is None:
         return None
-    where = f"cell {run.cell_number} ({first_line(run.cell_source)})"
+    where = f"cell {run.cell_number} ({textwrap.shorten(first_line(run.cell_source), 100, placeholder='...')})"
     if isinstance(error, CellExecutionError):
         return f"{where}: {error.ename}: {first_line(error.evalue) or 'no message'}"
-    if isinstance(error, DeadKernelError):
-        return f"{where}: the kernel died; too little memory is the usual cause"
     where = where if run.cell_number else "before the first cell"
+    if isinstance(error, DeadKernelError):
+        return f"{where}: the kernel {errors.describe_end(run.kernel.poll() if run.kernel else None)}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{where}: {files.cannot_write(error.filename, error, 'make room for it there')}"
     return f"{where}: {type(error).__name__}: {first_line(str(error))}"
 
 
-def first_line(text: str, width: int = 100) -> str:
-    """The first line that is not blank, shortened."""
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return line if len(line) <= width else line[: width - 3] + "..."
+def first_line(text: str) -> str:
+    """The first line that is not blank; none is cut, because the remedy stands at the end."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def write_html(run: Run, folder: Path) -> Path:
@@ -161,22 +178,32 @@ def write_html(run: Run, folder: Path) -> Path:
     page = page.replace('<script src="https://', '<script defer src="https://')
     # The next lesson lies beside this page, as HTML.
     page = re.sub(r'href="([\w-]+)\.ipynb', r'href="\1.html', page)
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{run.path.stem}.html"
-    target.write_text(page, encoding="utf-8")
+    files.write_text(target, page, OTHER_BUILD)
     return target
+
+
+def print_outputs(run: Run) -> None:
+    """Print the texts that the cells gave: what was measured, where the page cannot be written."""
+    for cell in run.notebook.cells:
+        for output in cell.get("outputs", ()):
+            print(output.get("text") or output.get("data", {}).get("text/plain", ""))
 
 
 def run_one(path: Path, build: Path) -> bool:
     """Execute one notebook, write its page, print its line. True if it passed."""
     try:
         run = Run(path, read_notebook(path))
-        failure = execute(run)
-        seconds = run.seconds
-        write_html(run, build)
     except (ValueError, OSError) as error:
         print(f"{path.stem}  FAILED  {first_line(str(error))}", flush=True)
         return False
+    failure = execute(run)
+    seconds = run.seconds
+    try:
+        write_html(run, build)
+    except errors.TutorialError as error:
+        print_outputs(run)
+        failure = f"{failure or 'the lesson passed'}; {error}"
     if failure:
         print(f"{path.stem}  FAILED  {seconds:.1f} s  {failure}", flush=True)
         return False
@@ -198,6 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
     paths = sorted(options.notebooks.glob("*.ipynb"))
     if not paths:
         print(f"No notebooks in {options.notebooks}: nothing to run.", file=sys.stderr)
+        return 1
+    try:
+        files.check_writable(options.build, OTHER_BUILD)
+    except errors.TutorialError as error:
+        print(error, file=sys.stderr)
         return 1
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel's debugger warns at every start
     signal.signal(signal.SIGTERM, stop)

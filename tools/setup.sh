@@ -70,6 +70,11 @@ explain_pip() {
 
 ready && exit 0
 
+# Says what the system says: a read-only disk, a full one, no permission.
+probe=$(mktemp -d ./.probe.XXXXXX 2>&1) || fail "$(pwd) cannot be written (${probe##*: }), and .venv belongs there: make" \
+    "it writable, or clone this repository elsewhere."
+rmdir "$probe"
+
 # Two makes at once take turns. The lock goes when this script ends.
 if command -v flock >/dev/null; then
     exec 9<requirements.txt

@@ -1,0 +1,290 @@
+"""What must be right before a lesson or the benchmark starts: the libraries, a checkpoint's files, the Hub.
+
+Each check ends in one sentence, the same wherever it is made.
+"""
+
+import contextlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    auth_check,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from packaging.requirements import Requirement
+
+from helpers import files
+from helpers.errors import TutorialError
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+# What a lesson computes with. The other dependencies of this package are for Jupyter and the tests.
+MODEL_LIBRARIES = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "safetensors", "torch", "transformers")
+ANOTHER = "give another checkpoint"
+OTHER_CACHE = "set HF_HOME to another folder"
+
+
+class _Fault(Exception):
+    """What is wrong with a file, in a few words."""
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is missing or broken in a checkpoint folder in diffusers format; None if it is complete.
+
+    It reads the list of components, the names of the files and the headers of the weights: milliseconds at any size.
+    """
+    try:
+        index = _read_json(folder / "model_index.json")
+        for name, entry in index.items():
+            # A component is [library, class]; [null, null] is one that this pipeline does without.
+            if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+                if not (folder / name).is_dir():
+                    raise _Fault(f"{name}/ is missing")
+                _check_component(folder / name, kind=entry[1])
+    except _Fault as fault:
+        return str(fault)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read, {files.reason(error)}"
+    return None
+
+
+def _check_component(folder: Path, kind: str) -> None:
+    """Raises _Fault if a file of a component of the class `kind` is missing or broken."""
+    here = f"{folder.name}/"
+    if kind.endswith("Scheduler"):
+        _read_json(folder / "scheduler_config.json", here)
+    elif "Tokenizer" in kind:
+        _read_json(folder / "tokenizer_config.json", here)
+        vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+        found = [folder / file for file in vocabularies if (folder / file).is_file()]
+        if not found and not kind.startswith("ByT5"):  # its words are bytes
+            raise _Fault(f"{here}tokenizer.json is missing")
+        for file in found:
+            if not _ends_well(file):
+                raise _Fault(f"{here}{file.name} is cut short")
+    elif kind.endswith(("Processor", "FeatureExtractor")):
+        configs = [file for file in folder.glob("*processor_config.json")]
+        _read_json(configs[0] if configs else folder / "preprocessor_config.json", here)
+    else:
+        _read_json(folder / "config.json", here)
+        for index in folder.glob("*.index*.json"):
+            shards = _read_json(index, here).get("weight_map")
+            if not isinstance(shards, dict):
+                raise _Fault(f"{here}{index.name} cannot be read")
+            for shard in sorted(set(shards.values())):
+                if not (folder / shard).is_file():
+                    raise _Fault(f"{here}{shard} is missing")
+        # Without safetensors, diffusers and transformers read the older *.bin.
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        if not weights:
+            raise _Fault(f"{here}*.safetensors is missing")
+        for file in weights:
+            if not (_is_whole(file) if file.suffix == ".safetensors" else file.stat().st_size):
+                raise _Fault(f"{here}{file.name} is cut short")
+
+
+def _read_json(file: Path, here: str = "") -> dict[str, Any]:
+    """The object in a JSON file; `here` stands before its name in the fault."""
+    if not file.is_file():
+        raise _Fault(f"{here}{file.name} is missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise _Fault(f"{here}{file.name} cannot be read")
+    return content
+
+
+def _ends_well(file: Path) -> bool:
+    """Whether a vocabulary is not empty and, if it is JSON of up to tens of MB, has its last bracket."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - 16))
+        end = stream.read().rstrip()
+    return end.endswith(b"}") if file.suffix == ".json" else size > 0
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says.
+
+    Eight bytes give the length of a JSON header, which gives the end of each tensor behind it
+    (https://huggingface.co/docs/safetensors/index#format).
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 + length:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            return False
+    return size == 8 + length + max(ends, default=0)
+
+
+def check_folder(folder: Path, index_only: bool = False) -> None:
+    """Check that a folder is a complete checkpoint; with `index_only`, that it has a readable model_index.json.
+
+    Raises:
+        TutorialError: it is not.
+    """
+    fault = find_fault(folder)
+    if fault is not None and (fault.startswith("model_index.json") or not index_only):
+        raise TutorialError(
+            f"{folder} is no complete checkpoint of a diffusers pipeline ({fault}): restore it, download it again, or "
+            "give another folder or a repository id such as stabilityai/stable-diffusion-3.5-medium."
+        )
+
+
+def find_on_hub(repo_id: str, instead: str = ANOTHER) -> str:
+    """Folder of `repo_id` in the local cache if all of it is there, else `repo_id`, once a download can succeed.
+
+    Raises:
+        TutorialError: it cannot; `instead` is the way out that needs no download.
+    """
+    try:
+        folder = snapshot_download(repo_id, local_files_only=True)
+        if find_fault(Path(folder)) is None:
+            return folder  # needs no network, no token and no space
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise TutorialError(f"{repo_id!r} is no repository id, which would be owner/name: {instead}.") from None
+
+    with hub_errors(repo_id, instead):
+        auth_check(repo_id)
+        needed = _missing_bytes(repo_id)
+    cache = Path(constants.HF_HUB_CACHE)
+    files.check_writable(cache, f"{OTHER_CACHE}, or {instead}")
+    files.check_space(cache, needed, repo_id, f"set HF_HOME to a folder on a larger disk, or {instead}")
+    return repo_id
+
+
+def read_hub_json(repo_id: str, file: str) -> dict[str, Any]:
+    """A small JSON file of a repository, from the local cache if nothing newer can be had.
+
+    Raises:
+        TutorialError: the Hub cannot be reached, or does not give it.
+    """
+    with hub_errors(repo_id):
+        return json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
+
+
+def hub_files(repo_id: str) -> list[tuple[str, int]]:
+    """Name and size in bytes of each file of a repository.
+
+    Raises:
+        TutorialError: the Hub cannot be reached, or does not tell.
+    """
+    with hub_errors(repo_id):
+        siblings = HfApi().model_info(repo_id, files_metadata=True).siblings or []
+    return [(file.rfilename, file.size or 0) for file in siblings]
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str, instead: str = ANOTHER) -> Iterator[None]:
+    """Whatever the Hub, or the way to it, refuses in the block ends in one sentence.
+
+    Raises:
+        TutorialError: that sentence.
+    """
+    log_in = f"log in again with `hf auth login`, or {instead}"
+    token = get_token()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise TutorialError(f"Your token for the Hub has characters that no token has: {log_in}.")
+    try:
+        yield
+    except GatedRepoError:
+        page = f"https://huggingface.co/{repo_id}"
+        if token is None:
+            problem, action = "you are not logged in", f"accept its licence at {page} and log in with `hf auth login`"
+        else:
+            problem, action = "your account has not accepted its licence", f"accept it at {page}"
+        raise TutorialError(f"{repo_id} is gated and {problem}: {action}, or {instead}.") from None
+    except RepositoryNotFoundError:
+        raise TutorialError(
+            f"The Hub does not show {repo_id} to you, because there is none or your token is missing or invalid: check "
+            f"the name, {log_in}."
+        ) from None
+    except OfflineModeIsEnabled:
+        raise TutorialError(
+            f"{repo_id} is not complete in the local cache and offline mode is on: unset HF_HUB_OFFLINE to download "
+            f"it, or {instead}."
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if isinstance(error, EntryNotFoundError):
+            raise TutorialError(f"{repo_id} is no diffusers pipeline, without model_index.json: {instead}.") from None
+        if status in (401, 403):
+            raise TutorialError(f"The Hub refuses your token for {repo_id} (status {status}): {log_in}.") from None
+        raise TutorialError(f"The Hub fails for {repo_id} (status {status}): try again later, or {instead}.") from None
+    # OSError, and the base error of the HTTP library that huggingface_hub uses (httpx or requests, by version).
+    except HfHubHTTPError.__bases__ as error:
+        is_network = isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
+        if isinstance(error, OSError) and not is_network and error.errno in files.REASONS:
+            place = error.filename or constants.HF_HUB_CACHE
+            raise files.cannot_write(place, error, f"{OTHER_CACHE}, or {instead}") from None
+        raise TutorialError(
+            f"{repo_id} is not complete in the local cache and the Hub cannot be reached ({type(error).__name__}): "
+            f"check the network and try again, or {instead}."
+        ) from None
+
+
+def _missing_bytes(repo_id: str) -> int:
+    """Bytes of `repo_id` that are still to be downloaded. A pipeline loads from subfolders, not single-file weights."""
+    wanted = [(file, size) for file, size in hub_files(repo_id) if "/" in file]
+    # One format of several, where there are several.
+    main = [entry for entry in wanted if entry[0].endswith(".safetensors") and ".fp16" not in entry[0]]
+    return sum(size for file, size in main or wanted if not isinstance(try_to_load_from_cache(repo_id, file), str))
+
+
+def check_versions() -> None:
+    """Check that the libraries in MODEL_LIBRARIES are in the ranges of `pyproject.toml`.
+
+    Raises:
+        TutorialError: one is missing, too old, or too new.
+    """
+    for requirement in _requirements():
+        if requirement.name not in MODEL_LIBRARIES:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        needed = f"{requirement.name}{requirement.specifier}"
+        command = f'run `python -m pip install --upgrade "{needed}"` and restart the kernel'
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            raise TutorialError(f"{requirement.name} is not installed: {command}.") from None
+        if not requirement.specifier.contains(found, prereleases=True):
+            raise TutorialError(f"{requirement.name} {found} is installed and the lessons need {needed}: {command}.")
+
+
+def _requirements() -> list[Requirement]:
+    """The dependencies of this package: from `pyproject.toml` in a clone, else from the installation's metadata."""
+    pyproject = PACKAGE_ROOT / "pyproject.toml"
+    if pyproject.is_file():
+        dependencies = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("dependencies", [])
+    else:
+        distributions = metadata.packages_distributions().get("helpers", [])
+        dependencies = metadata.requires(distributions[0]) or [] if distributions else []
+    return [Requirement(dependency) for dependency in dependencies]
