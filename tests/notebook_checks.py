@@ -1,7 +1,7 @@
 """Static checks of one notebook, as stored. Each takes the notebook and returns sentences, one for each problem.
 
-`CHECKS` lists them. They read the file and execute nothing: nbval does that. What nbval does not compare, pictures and the
-outputs of cells tagged nbval-ignore-output, has a digest. After a run of the notebooks that changes what they store:
+`CHECKS` lists them. They read the file and execute nothing: nbval does that. What nbval does not compare, pictures and
+the outputs of cells tagged nbval-ignore-output, has a digest. After a run that changes what the notebooks store:
 
     python tests/notebook_checks.py
 """
