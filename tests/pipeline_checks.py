@@ -28,6 +28,7 @@ class Spy:
     Attributes:
         allocator: PYTORCH_ALLOC_CONF when the program imported torch or a library that does.
         device_maps: `device_map` of each component that the program loaded, by the name of its folder.
+        loaded: those components, by the same names.
         compiled: the keyword arguments of each torch.compile; nothing is compiled, the graphs are recorded.
         offloaded: the settings of group offload, by the id of the component.
         sent: ids of the components and quant_states that the program moved to the device itself.
@@ -37,6 +38,7 @@ class Spy:
     device: torch.device
     allocator: str | None = None
     device_maps: dict[str, Any] = field(default_factory=dict)
+    loaded: dict[str, torch.nn.Module] = field(default_factory=dict)
     compiled: list[dict[str, Any]] = field(default_factory=list)
     offloaded: dict[int, dict[str, Any]] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
@@ -91,9 +93,11 @@ class Spy:
 
     def _watch_load(self, load: Any) -> Any:
         def watched(cls, path, **settings):
+            part = load(cls, path, **settings)
             if called_by_program():
                 self.device_maps[settings["subfolder"]] = settings.get("device_map")
-            return load(cls, path, **settings)
+                self.loaded[settings["subfolder"]] = part
+            return part
 
         return watched
 

@@ -84,6 +84,7 @@ def check_weights(model, parts, spy):
         outside = {layer for layer in checks.unquantized(parts[name]) if layer.split(".")[0].endswith("blocks")}
         assert left <= without if name != "transformer" else not outside, f"{name}: {left} are not quantized"
     assert spy.device_maps == dict.fromkeys(LARGE[model], "cpu")
+    assert all(parts[name] is spy.loaded[name] for name in LARGE[model]), "a component was loaded again"
 
 
 def check_drawing_program(model, card, pipeline, spy):
