@@ -1,13 +1,19 @@
 """Static checks of one notebook, as stored. Each takes the notebook and returns sentences, one for each problem.
 
-`CHECKS` lists them. They read the file and execute nothing: nbval does that.
+`CHECKS` lists them. They read the file and execute nothing: nbval does that. What nbval does not compare, pictures and
+the outputs of cells tagged nbval-ignore-output, has a digest. After a run that changes what the notebooks store:
+
+    python tests/notebook_checks.py
 """
 
 import ast
+import hashlib
+import json
 import re
 import statistics
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +28,23 @@ MAX_CELL_LINES = 25
 MAX_MEDIAN_LINES = 8
 MAX_OUTPUT_LINES = 40
 TEXT_PER_CODE = (2 / 3, 2)  # text cells for each code cell
+DIGESTS = Path(__file__).parent / "stored_outputs.txt"
+FPS = 16  # Wan2.1 draws 16 frames for each second
 
 # What nbval knows and the design allows. A skipped cell is a cell that nobody tests.
 TAGS = {"nbval-ignore-output", "raises-exception"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|tmp|Users|mnt|media|opt|srv|var)/\S*|\b[A-Z]:\\\w\S*")
 LINK = re.compile(r"\]\(<?([^)\s>]+)|^\s*\[[^\]]+\]:\s*(\S+)|(?:src|href)=[\"']([^\"']+)", re.MULTILINE)
+
+HEADING = re.compile(r"^#{1,6} +(.*?) *#*$", re.MULTILINE)
+PROGRAM = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# "section 6", "sections 4, 5 and 8", and where it is: "lesson 2, section 4", "section 6 of lesson 2".
+SECTION = re.compile(
+    r"(?:lesson (?P<before>\d)(?:\]\([^)]*\))?(?:, |'s )|(?P<paper>\[[^\]]*))?"
+    r"\b[Ss]ection(?P<numbers> \d+|s \d+(?:(?:, | and | or | to )\d+)*)"
+    r"(?: of \[?lesson (?P<after>\d))?"
+)
 
 
 def check_format(notebook: NotebookNode) -> list[str]:
@@ -93,7 +110,7 @@ def check_plain_python(notebook: NotebookNode) -> list[str]:
     """Each code cell is plain Python, which a script runs as well: no magics, no shell lines, no get_ipython."""
     problems = []
     for index, cell in code_cells(notebook):
-        tree = parse(cell)
+        tree = parse(cell.source)
         if tree is None:
             problems.append(f"{name(index, cell)} is not plain Python: no magics, no shell lines.")
         elif any(isinstance(node, ast.Name) and node.id == "get_ipython" for node in ast.walk(tree)):
@@ -188,7 +205,7 @@ def check_tags(notebook: NotebookNode) -> list[str]:
             continue
         if re.search(r"^\s*#+\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE):
             problems.append(f"{name(index, cell)} has an nbval marker in a comment: use a tag.")
-        tree = parse(cell)
+        tree = parse(cell.source)
         asserts = tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
         if "nbval-ignore-output" in tags(cell) and not asserts:
             problems.append(f"{name(index, cell)} is tagged nbval-ignore-output and asserts nothing.")
@@ -196,17 +213,55 @@ def check_tags(notebook: NotebookNode) -> list[str]:
 
 
 def check_links(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
-    """Each link in text to a file of the repository leads to one."""
-    problems = []
-    for index, cell in text_cells(notebook):
-        for groups in LINK.findall(without_code(cell.source)):
-            link = "".join(groups)
-            path = link.split("#")[0].split("?")[0]
-            if not path or re.match(r"[a-z]+:", link):
-                continue
-            if path.startswith("/") or not (folder / path).exists():
-                problems.append(f"{name(index, cell)} links to {link}, which is not there.")
+    """Each link in text to a file of the repository, or to a section of a notebook, leads to one."""
+    return [
+        f"{name(index, cell)} {problem}"
+        for index, cell in text_cells(notebook)
+        for problem in broken_links(cell.source, folder, anchors(notebook))
+    ]
+
+
+def check_sections(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
+    """A section that the text or a comment names ("section 6", "lesson 2, section 4") is there, and numbers run on."""
+    own = section_numbers(notebook)
+    problems = [] if own == list(range(1, len(own) + 1)) else [f"The sections are numbered {own}."]
+    for index, cell in enumerate(notebook.cells):
+        for lesson, numbers in section_references(cell.source):
+            there, where = (
+                (own, "this notebook") if lesson is None else (lesson_sections(lesson, folder), f"lesson {lesson}")
+            )
+            problems += [
+                f"{name(index, cell)} names section {number} of {where}: none is there."
+                for number in numbers
+                if number not in there
+            ]
     return problems
+
+
+def check_fps(notebook: NotebookNode) -> list[str]:
+    """Clips are written with the frames per second of the video model, also in the programs to copy."""
+    problems = []
+    for index, cell in enumerate(notebook.cells):
+        is_code = cell.cell_type == "code"
+        for program in [cell.source] if is_code else PROGRAM.findall(cell.source):
+            for node in ast.walk(parse(program) or ast.Module([], [])):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "export_to_video":
+                    fps = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("fps")
+                    if fps != str(FPS):
+                        problems.append(f"{name(index, cell)} writes a clip with fps={fps}; Wan's clips have {FPS}.")
+    return problems
+
+
+def check_environment(notebook: NotebookNode) -> list[str]:
+    """The cell that says what this machine is was run with the pinned versions: nbval does not compare its output."""
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    return [
+        f"{name(index, cell)} does not show {package} {pins[package]}, as requirements.txt has it: run it again."
+        for index, cell in code_cells(notebook)
+        if "devices.environment()" in cell.source
+        for package in ("torch", "diffusers", "transformers", "bitsandbytes")
+        if not any(pins[package] in text for text in output_texts(cell))
+    ]
 
 
 def check_details(notebook: NotebookNode) -> list[str]:
@@ -246,9 +301,24 @@ CHECKS = [
     check_noise,
     check_tags,
     check_links,
+    check_sections,
+    check_fps,
+    check_environment,
     check_details,
     check_ruff,
 ]
+
+
+def digest(notebook: NotebookNode) -> str:
+    """SHA-256 of the code cells with their outputs: changed code, too, must have been run again."""
+    cells = [[cell.source, cell.metadata.get("tags", []), cell.outputs] for _, cell in code_cells(notebook)]
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
+
+
+def digests() -> str:
+    """A line for each notebook: what `DIGESTS` holds."""
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    return "".join(f"{digest(nbformat.read(path, as_version=4))}  {path.name}\n" for path in paths)
 
 
 def code_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
@@ -272,10 +342,10 @@ def tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-def parse(cell: NotebookNode) -> ast.Module | None:
+def parse(source: str) -> ast.Module | None:
     """The syntax tree of a code cell, None if it is not plain Python."""
     try:
-        return ast.parse(cell.source)
+        return ast.parse(source)
     except SyntaxError:
         return None
 
@@ -284,6 +354,61 @@ def without_code(markdown: str) -> str:
     """Markdown without its code: there, `# ` is a comment and `](` an index."""
     markdown = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", markdown)
+
+
+def headings(markdown: str) -> list[str]:
+    """The headings of a text, as they are read: without marks and the targets of links."""
+    plain = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\]\([^)]*\)|[`*\[]", "", heading) for heading in HEADING.findall(plain)]
+
+
+def anchors(notebook: NotebookNode) -> list[str]:
+    """The anchors of a notebook's headings as JupyterLab makes them: hyphens for blanks. One for each heading."""
+    return [heading.replace(" ", "-") for _, cell in text_cells(notebook) for heading in headings(cell.source)]
+
+
+def file_anchors(path: Path) -> list[str]:
+    """The anchors of a notebook, or of a Markdown file as GitHub makes them: lower case, no punctuation."""
+    if path.suffix == ".ipynb":
+        return anchors(nbformat.read(path, as_version=4))
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(path.read_text())]
+
+
+def broken_links(markdown: str, folder: Path, own: list[str]) -> list[str]:
+    """What is wrong with the links of a text in `folder`, whose own anchors are `own`: a sentence for each."""
+    problems = []
+    for groups in LINK.findall(without_code(markdown)):
+        link = "".join(groups)
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = folder / path.split("?")[0]
+        if path.startswith("/") or not target.exists():
+            problems.append(f"links to {link}, which is not there.")
+        elif anchor:
+            there = (file_anchors(target) if path else own).count(urllib.parse.unquote(anchor))
+            if there != 1:
+                problems.append(f"links to {link}: {there} headings have that anchor.")
+    return problems
+
+
+def section_numbers(notebook: NotebookNode) -> list[int]:
+    """The numbers of a notebook's sections, in order."""
+    found = (re.match(r"(\d+)\.", heading) for _, cell in text_cells(notebook) for heading in headings(cell.source))
+    return [int(match[1]) for match in found if match]
+
+
+def lesson_sections(lesson: int, folder: Path) -> list[int]:
+    """The section numbers of another lesson; none if there is no such lesson."""
+    return [number for path in folder.glob(f"0{lesson}_*.ipynb") for number in section_numbers(nbformat.read(path, 4))]
+
+
+def section_references(text: str) -> Iterator[tuple[int | None, list[int]]]:
+    """The sections that a text names: of which lesson (None: its own), and their numbers."""
+    for match in SECTION.finditer(re.sub(r"\s+", " ", text)):
+        if match["paper"] is None:  # inside of a link: the section of what it leads to
+            lesson = match["before"] or match["after"]
+            yield int(lesson) if lesson else None, [int(number) for number in re.findall(r"\d+", match["numbers"])]
 
 
 def output_texts(cell: NotebookNode) -> Iterator[str]:
@@ -297,3 +422,7 @@ def output_texts(cell: NotebookNode) -> Iterator[str]:
             for kind, data in output.data.items():
                 if kind.startswith("text/") or kind in {"image/svg+xml", "application/json"}:
                     yield re.sub(r"data:[\w/+;-]+,[\w+/=%]+", "", str(data))
+
+
+if __name__ == "__main__":
+    DIGESTS.write_text(digests(), encoding="utf-8")

@@ -12,7 +12,11 @@ def good_notebook():
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}},
         cells=[
             new_markdown_cell(
-                "# Title\n\nRead the [sanitize file](nbval_sanitize.cfg), `a[0](1)` or https://example.org/tmp/."
+                "# Title\n\n## 1. The *one* part\n\n"
+                "Read [section 1](#1.-The-one-part), the [sanitize file](nbval_sanitize.cfg), "
+                "[lesson 1](01_quantize_and_compile.ipynb#1.-Set-up), section 2, "
+                "([a paper, section 9](https://example.org)), "
+                "`a[0](1)` or https://example.org/tmp/."
             ),
             new_code_cell("x = 1\nx", execution_count=1, outputs=[result("1")]),
             new_markdown_cell("Text.\n\n```python\n# a comment, no title\n```"),
@@ -87,6 +91,26 @@ BREAKS = {
     "links: picture missing": lambda n: n.cells[2].update(source='<img src="none.png">'),
     "links: reference missing": lambda n: n.cells[2].update(source="See [it].\n\n[it]: none.md"),
     "links: absolute": lambda n: n.cells[2].update(source="[it](/etc/passwd)"),
+    "links: section missing": lambda n: n.cells[2].update(source="[it](#2.-The-other-part)"),
+    "links: section twice": lambda n: n.cells[2].update(source="## 1. The one part"),
+    "links: section of another notebook": lambda n: n.cells[2].update(
+        source="[it](01_quantize_and_compile.ipynb#1.-Set)"
+    ),
+    "sections: none of that number": lambda n: n.cells[2].update(source="As in section 2."),
+    "sections: one of several": lambda n: n.cells[2].update(source="As in sections 1 and\n7."),
+    "sections: in a comment": lambda n: code(n).update(source="x = 1  # section 4 says why"),
+    "sections: of another lesson": lambda n: n.cells[2].update(source="As in [lesson 1](a.ipynb), section 40."),
+    "sections: of another lesson, after": lambda n: n.cells[2].update(source="As in section 40 of lesson 1."),
+    "sections: of no lesson": lambda n: n.cells[2].update(source="As in lesson 9, section 1."),
+    "sections: a number left out": lambda n: n.cells[2].update(source="## 3. The third"),
+    "fps: another": lambda n: code(n).update(source='export_to_video(list(clip), "a.mp4", fps=8)'),
+    "fps: none": lambda n: code(n).update(source='utils.export_to_video(clip, "a.mp4")'),
+    "fps: in a program to copy": lambda n: n.cells[2].update(
+        source='```python\nx = 1\nexport_to_video(x, "a.mp4", fps=8)\n```'
+    ),
+    "environment: another version": lambda n: code(n).update(
+        source="devices.environment()", outputs=[result("torch 1.0.0")]
+    ),
     "ruff: unused import": lambda n: code(n).update(source="import os"),
     "ruff: unknown name": lambda n: code(n).update(source="pwd"),
     "ruff: not formatted": lambda n: code(n).update(source="x=1"),
@@ -123,3 +147,37 @@ def test_encoded_picture_is_no_path():
     picture = '<img src="data:image/png;base64,AAAA+/tmp/AAAA=">'
     code(notebook).outputs = [result(picture, "text/html"), result("/tmp/AAAA", "image/png")]
     assert notebook_checks.check_paths(notebook) == []
+
+
+def test_an_environment_with_the_pins_passes():
+    notebook = good_notebook()
+    pins = (notebook_checks.ROOT / "requirements.txt").read_text()
+    code(notebook).update(source="devices.environment()", outputs=[result(pins)])
+    assert notebook_checks.check_environment(notebook) == []
+
+
+def test_sixteen_frames_per_second_pass():
+    notebook = good_notebook()
+    code(notebook).source = 'export_to_video(list(clip), "a.mp4", fps=16)'
+    assert notebook_checks.check_fps(notebook) == []
+
+
+def test_links_of_markdown_files(tmp_path):
+    (tmp_path / "a.md").write_text("# A: the `title`!\n\n```\n# no heading\n```\n")
+    good = "[a](a.md) [b](a.md#a-the-title) [c](#own) [d](https://example.org/#x)"
+    assert notebook_checks.broken_links(good, tmp_path, ["own"]) == []
+    for bad in ("[a](b.md)", "[a](a.md#title)", "[a](a.md#no-heading)", "[a](#title)", '<img src="a.png">'):
+        assert len(notebook_checks.broken_links(bad, tmp_path, ["own"])) == 1, bad
+
+
+def test_a_digest_is_of_code_and_outputs():
+    before = notebook_checks.digest(good_notebook())
+    assert notebook_checks.digest(good_notebook()) == before
+    for change in (
+        lambda n: n.cells[3].outputs.append(result("0.23")),
+        lambda n: code(n).outputs[0].data.update({"text/plain": "2"}),
+        lambda n: code(n).update(source="x = 2\nx"),
+    ):
+        notebook = good_notebook()
+        change(notebook)
+        assert notebook_checks.digest(notebook) != before

@@ -2,7 +2,7 @@
 
 import nbformat
 import pytest
-from notebook_checks import CHECKS, NOTEBOOKS
+from notebook_checks import CHECKS, DIGESTS, NOTEBOOKS, ROOT, broken_links, digests, file_anchors
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -16,3 +16,17 @@ def test_there_are_notebooks():
 def test_notebook(path, check):
     problems = check(nbformat.read(path, as_version=4))
     assert not problems, "\n".join([path.name, *problems])
+
+
+@pytest.mark.parametrize("file", ["README.md", "checkpoints/pocket-flux/README.md", "checkpoints/pocket-wan/README.md"])
+def test_links_of_the_readmes_lead_somewhere(file):
+    path = ROOT / file
+    assert broken_links(path.read_text(), path.parent, file_anchors(path)) == []
+
+
+def test_stored_outputs_are_those_of_the_last_run():
+    old, new = DIGESTS.read_text().splitlines(), digests().splitlines()
+    assert old == new, (
+        f"Code cells or stored outputs changed in {sorted({line.split()[1] for line in set(old) ^ set(new)})}. "
+        "If a run stored them: `python tests/notebook_checks.py`."
+    )

@@ -1,15 +1,17 @@
-"""The programs that a reader copies from the lessons run with the pocket models and draw the same pictures.
+"""The programs that a reader copies from the lessons run with the pocket models, draw the same pictures, and do what
+they are for: each says here what it does to the pipeline, so that no line of it can be lost.
 
 Only what must differ on this machine is replaced, listed in `HERE`; blocks are recorded and not compiled, to save time.
 """
 
-import functools
 import json
 import os
 from types import SimpleNamespace
 from unittest import mock
 
+import imageio.v3 as imageio
 import numpy as np
+import pipeline_checks as checks
 import pytest
 import torch
 from PIL import Image
@@ -20,14 +22,10 @@ from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
 DEVICE = devices.accelerator()
-STREAM = DEVICE.type != "cpu"
 HERE = {
     '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),
     '"Wan-AI/Wan2.1-T2V-14B-Diffusers"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-wan")),
     '"cuda"': repr(DEVICE.type),
-    "use_stream=True": f"use_stream={STREAM}",
-    '"use_stream": True': f'"use_stream": {STREAM}',
-    "record_stream=True": f"record_stream={STREAM}",
     "enable_model_cpu_offload()": f"enable_model_cpu_offload(device={DEVICE.type!r})",
     'California")': 'California", height=128, width=128, num_inference_steps=2, max_sequence_length=32)',
     "height=480, width=832, num_frames=81": (
@@ -37,24 +35,85 @@ HERE = {
     '\npipeline("': '\ntorch.manual_seed(0)\npipeline("',
     "\nframes = pipeline(": "\ntorch.manual_seed(0)\nframes = pipeline(",
 }
+ENCODERS = {"flux": {"text_encoder", "text_encoder_2"}, "wan": {"text_encoder"}}
+LARGE = {"flux": {"transformer": {""}, "text_encoder_2": {"wo"}}, "wan": {"transformer": {""}, "text_encoder": {"wo"}}}
+PARTS = {model: ENCODERS[model] | {"transformer", "vae"} for model in LARGE}
 
 
-def run(code):
+def leaves(*parts):
+    return dict.fromkeys(parts, "leaf_level")
+
+
+# For each program: where the components are (default: on the card), and whether the blocks are compiled.
+PROGRAMS = {
+    ("flux", "8 GB"): (dict.fromkeys(PARTS["flux"], "model offload"), True),
+    ("flux", "12 GB"): (leaves("text_encoder", "text_encoder_2"), True),
+    ("flux", "6 GB"): (leaves(*PARTS["flux"]), False),
+    ("flux", "the rest stays"): (leaves(*PARTS["flux"]) | {"transformer": "block_level"}, True),
+    ("wan", "8 GB"): (leaves(*PARTS["wan"]) | {"transformer": "block_level"}, True),
+    ("wan", "24 GB"): ({}, True),
+    ("wan", "16 GB"): (leaves("text_encoder"), True),
+    ("wan", "12 GB"): (dict.fromkeys(PARTS["wan"], "model offload"), True),
+}
+
+
+def run(code, monkeypatch):
     for theirs, ours in HERE.items():
         code = code.replace(theirs, ours)
-    names = {}
-    exec(code, names)
-    return names
+    spy = checks.Spy(DEVICE)
+    torch._dynamo.config.cache_size_limit = 8
+    return spy.run(code, monkeypatch), spy
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     cpu_backend.enable()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    with mock.patch.dict(os.environ), torch._dynamo.config.patch(cache_size_limit=8):  # the programs change both
+    with (
+        mock.patch.dict(os.environ),
+        torch._dynamo.config.patch(cache_size_limit=8, capture_dynamic_output_shape_ops=False),
+    ):  # the programs change these
         yield tmp_path
     torch.compiler.reset()
+
+
+def check_weights(model, parts, spy):
+    """The two large components are nf4, in all but what must not be, and were loaded into host memory."""
+    for name, without in LARGE[model].items():
+        left = {layer.split(".")[-1] for layer in checks.unquantized(parts[name])}
+        outside = {layer for layer in checks.unquantized(parts[name]) if layer.split(".")[0].endswith("blocks")}
+        assert left <= without if name != "transformer" else not outside, f"{name}: {left} are not quantized"
+    assert spy.device_maps == dict.fromkeys(LARGE[model], "cpu")
+    assert all(parts[name] is spy.loaded[name] for name in LARGE[model]), "a component was loaded again"
+
+
+def check_drawing_program(model, card, pipeline, spy):
+    """What the program for a card does, as `PROGRAMS` says."""
+    parts = devices.component_modules(pipeline)
+    places, compiled = PROGRAMS[model, card]
+    assert checks.placement(pipeline, spy) == dict.fromkeys(PARTS[model], "on the card") | places
+    check_weights(model, parts, spy)
+    assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}
+    assert spy.allocator == "expandable_segments:True"
+    assert len(spy.compiled) == (len(checks.blocks(pipeline.transformer)) if compiled else 0)
+    assert all(settings.get("fullgraph") for settings in spy.compiled)
+    for name, settings in checks.streams(pipeline, spy).items():
+        record = {"record_stream"} if (card, name) == ("the rest stays", "transformer") else set()
+        assert settings == {"use_stream"} | record, name
+        assert name not in LARGE[model] or checks.quant_states_sent(parts[name], spy), name
+    if places.get("transformer") == "block_level":  # these go back without a stream, and an nf4 weight cannot
+        outside = [name for name, layer in parts["transformer"].named_children() if not name.endswith("blocks")]
+        assert not any(
+            isinstance(layer, checks.Linear4bit)
+            for name in outside
+            for layer in getattr(parts["transformer"], name).modules()
+        )
+    if card == "the rest stays":
+        assert checks.rest_stays(pipeline.transformer)
+
+
+def test_each_program_is_known():
+    assert {(model, card) for model, cards in programs.drawing_programs().items() for card in cards} == set(PROGRAMS)
 
 
 def test_each_replacement_still_finds_something():
@@ -63,11 +122,28 @@ def test_each_replacement_still_finds_something():
         assert theirs in everything, f"{theirs} is in no program any more"
 
 
-def test_flux_programs_draw_the_same(folder):
-    run(programs.saving_programs()["flux"])
+def test_the_program_of_lesson_1(folder, monkeypatch):
+    (code,) = programs.blocks("01_quantize_and_compile")
+    names, spy = run(code, monkeypatch)
+    pipeline = names["pipeline"]
+    assert checks.placement(pipeline, spy) == dict.fromkeys(PARTS["flux"], "on the card")
+    assert checks.unquantized(pipeline.transformer) == []
+    assert {name.split(".")[-1] for name in checks.unquantized(pipeline.text_encoder_2)} == {"wo"}
+    parts = devices.component_modules(pipeline)
+    assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}
+    assert spy.compiled == [mock.ANY] and spy.compiled[0].items() >= {"mode": "max-autotune", "fullgraph": True}.items()
+    assert spy.memory_formats == [torch.channels_last]
+    assert torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+def test_flux_programs_draw_the_same(folder, monkeypatch):
+    names, spy = run(programs.saving_programs()["flux"], monkeypatch)
+    check_weights("flux", names["parts"], spy)
     pictures = {}
     for name, code in programs.drawing_programs()["flux"].items():
-        run(code)
+        names, spy = run(code, monkeypatch)
+        check_drawing_program("flux", name, names["pipeline"], spy)
+        assert torch._dynamo.config.cache_size_limit == 1000, name
         pictures[name] = Image.open(folder / "cat.png").copy()
         (folder / "cat.png").unlink()
     first = pictures["8 GB"]
@@ -77,12 +153,16 @@ def test_flux_programs_draw_the_same(folder):
         assert quality.image_distance(picture, first) < 3, name
 
 
-def test_wan_programs_draw_the_same(folder):
-    run(programs.saving_programs()["wan"])
+def test_wan_programs_draw_the_same(folder, monkeypatch):
+    names, spy = run(programs.saving_programs()["wan"], monkeypatch)
+    check_weights("wan", names["parts"], spy)
     clips = {}
     for name, code in programs.drawing_programs()["wan"].items():
-        clips[name] = run(code)["frames"]
-        assert (folder / "output.mp4").stat().st_size > 1000
+        names, spy = run(code, monkeypatch)
+        check_drawing_program("wan", name, names["pipeline"], spy)
+        clips[name] = names["frames"]
+        written = imageio.immeta(folder / "output.mp4", plugin="FFMPEG")
+        assert written["fps"] == 16 and written["size"] == (96, 96) and written["duration"] > 1
         (folder / "output.mp4").unlink()
     first = clips["8 GB"]
     assert first.shape == (17, 96, 96, 3) and first.std() > 0.04
