@@ -20,10 +20,13 @@ setup:
 run: setup
 	@$(python) tools/run_notebooks.py
 
-# Jupyter listens on 127.0.0.1 and asks for its token. As root, in a container, it wants --allow-root.
+# Jupyter listens on 127.0.0.1 and asks for its token. As root, in a container, it wants --allow-root. Its root is this
+# folder, and not notebooks/, so that links from a lesson to other folders work. tools/jupyterlab turns off its question
+# about news.
 lab: setup
 	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
-	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" $$root
+	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
+		--LabApp.app_settings_dir="$(CURDIR)/tools/jupyterlab" $$root
 
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
 # come from a CPU with no network, so it sees neither a GPU nor the Hub.
