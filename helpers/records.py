@@ -194,18 +194,24 @@ def table(rows: Sequence[Any], columns: Sequence[str], digits: int = 3) -> "pand
     """
     import pandas  # here: the processes that measure import this file, and do not need its 30 MB
 
+    # As text too, names are whole, and a table is not folded.
+    pandas.set_option("display.max_colwidth", None, "display.width", 160)
     texts = {column: _texts([value(row, column) for row in rows], digits) for column in columns}
     frame = pandas.DataFrame(texts).set_index(columns[0])
     return frame.rename_axis(index=None, columns=columns[0])
 
 
 def _texts(values: Sequence[Any], digits: int) -> list[str]:
-    places = decimals(max((abs(entry) for entry in values if isinstance(entry, float)), default=0.0), digits)
     words = {None: MISSING, True: "yes", False: "no"}
+    numbers = [entry for entry in values if isinstance(entry, (int, float)) and not isinstance(entry, bool)]
+    whole = all(isinstance(entry, int) for entry in numbers)
+    places = 0 if whole else decimals(max(abs(entry) for entry in numbers), digits)
     texts = []
     for entry in values:
-        is_word = entry is None or isinstance(entry, bool)
-        texts.append(words[entry] if is_word else f"{entry:.{places}f}" if isinstance(entry, float) else str(entry))
+        if entry is None or isinstance(entry, bool):
+            texts.append(words[entry])
+        else:
+            texts.append(f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry))
     return texts
 
 

@@ -74,20 +74,21 @@ def test_table_as_text():
         "bf16         12.3    1235       3         18.3",
         "nf4 <b>       0.2      -5      10          7.8",
     ]
-    fits = [{"card": "6 GB", "fits": True, "call_s": 1.0}, {"card": "8 GB", "fits": False}, {"card": 12, "fits": None}]
+    fits = [{"card": "6 GB", "fits": True, "call_s": 1.0}, {"card": "8 GB", "fits": False}, {"card": 12, "call_s": 0}]
     assert repr(records.table(fits, ["card", "fits", "call_s"], digits=4)).splitlines() == [
         "card fits call_s",
         "6 GB  yes  1.000",
         "8 GB   no      –",
-        "12      –      –",
+        "12      –  0.000",
     ]
 
 
-def test_table_as_html_is_complete_and_the_same_each_time():
-    name = "nf4 <b>" + ", as long as the names of the benchmark" * 4
+def test_table_is_whole_and_the_same_each_time():
+    name = "nf4 <b>" + ", as long as the names of the benchmark" * 3
     rows = [ROWS[0], ROWS[1] | {"name": name}]
-    pages = {records.table(rows, ["name", "latency_s"])._repr_html_() for _ in range(2)}
-    (page,) = pages
+    tables = [records.table(rows, ["name", "latency_s"]) for _ in range(2)]
+    assert repr(tables[0]).splitlines()[2] == f"{name}       0.2"  # whole, on one line
+    (page,) = {table._repr_html_() for table in tables}
     assert f"<th>{name.replace('<b>', '&lt;b&gt;')}</th>\n      <td>0.2</td>" in page
 
 
