@@ -20,10 +20,11 @@ setup:
 run: setup
 	@$(python) tools/run_notebooks.py $(ARGS)
 
-# Jupyter listens on 127.0.0.1, asks for its token, and asks nobody for news. As root, in a container, it wants --allow-root.
+# Jupyter listens on 127.0.0.1, asks for its token, and asks nobody for news. As root, in a container, it wants
+# --allow-root. Its root is this folder, and not notebooks/, so that links from a lesson to other folders work.
 lab: setup
 	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
-	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)/notebooks" \
+	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
 		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
 		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
 

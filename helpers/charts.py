@@ -1,9 +1,8 @@
-"""Tables and plots of the lessons. Each plot function returns a closed matplotlib figure: a notebook shows it once.
+"""Plots of the lessons. Each plot function returns a closed matplotlib figure: a notebook shows it once.
 
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color/).
 """
 
-import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from helpers.activity import KINDS, Activity
-from helpers.records import Measurement
+from helpers.records import MISSING as MISSING  # benchmarks prints it
+from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -32,76 +32,6 @@ STYLE = {
     "savefig.facecolor": "white",
     "figure.dpi": 100,
 }
-MISSING = "–"
-
-
-class Table:
-    """A small table that a notebook shows as HTML, and a terminal as aligned text. Cells are text already."""
-
-    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> None:
-        self.columns = list(columns)
-        self.rows = [list(row) for row in rows]
-        self.numeric = list(numeric)
-
-    def __repr__(self) -> str:
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[index]) for line in lines) for index in range(len(self.columns))]
-        texts = []
-        for line in lines:
-            cells = zip(line, widths, self.numeric, strict=True)
-            texts.append("  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells))
-        return "\n".join(text.rstrip() for text in texts)
-
-    def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            parts = []
-            for cell, right in zip(cells, self.numeric, strict=True):
-                align = "right" if right else "left"
-                parts.append(f'<{tag} style="text-align: {align}">{html.escape(cell)}</{tag}>')
-            return f"<tr>{''.join(parts)}</tr>"
-
-        body = "\n".join(row(cells, "td") for cells in self.rows)
-        return f"<table>\n<thead>{row(self.columns, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def table(rows: Sequence[Any], columns: Sequence[str] | Mapping[str, str]) -> Table:
-    """A table with one row for each of `rows`, which are mappings or objects such as `Measurement`.
-
-    `columns` are keys or attributes, which are then the headings too; or a mapping from them to the format of their
-    numbers, such as {"name": "", "latency_s": ".2f"}. With no format a float has three significant digits. None, and a
-    value that is not there, shows as a dash. Rounded numbers in aligned columns compare well from run to run.
-    """
-    formats = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, "")
-    values = [[_get(row, column) for column in formats] for row in rows]
-    texts = [[_text(value, form) for value, form in zip(line, formats.values(), strict=True)] for line in values]
-    numeric = []
-    for index in range(len(formats)):
-        present = [line[index] for line in values if line[index] is not None]
-        numeric.append(bool(present) and all(isinstance(value, (int, float)) for value in present))
-    return Table(list(formats), texts, numeric)
-
-
-def _get(row: Any, column: str) -> Any:
-    return row.get(column) if isinstance(row, Mapping) else getattr(row, column, None)
-
-
-def _text(value: Any, form: str) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return format(value, form) if form else _three_digits(value)
-    return format(value, form) if form and isinstance(value, int) else str(value)
-
-
-def _three_digits(value: float) -> str:
-    """At least three significant digits, and no exponent: 0.0123, 1.23, 12.3, 1234."""
-    if not np.isfinite(value):
-        return str(value)
-    rounded = float(f"{value:.3g}")
-    magnitude = int(np.floor(np.log10(abs(rounded)))) if rounded else 0
-    return f"{value:.{max(0, 2 - magnitude)}f}"
 
 
 def latency_memory_chart(
@@ -112,12 +42,12 @@ def latency_memory_chart(
 ) -> Figure:
     """Latency (seconds, up) against memory (GB, right), one labelled point for each measurement; lower left is best.
 
-    `memory` is a field of `Measurement`: on a CPU, where "peak_gb" is None, take "footprint_gb" or "host_peak_gb".
+    `memory` is a field of `Measurement`: on a CPU, where "peak_gb" is None, take "footprint_mb" or "host_peak_gb".
 
     Raises:
         ValueError: a measurement lacks one of the two figures.
     """
-    points = [(entry.name, getattr(entry, memory), entry.latency_s) for entry in measurements]
+    points = [(entry.name, value(entry, memory), entry.latency_s) for entry in measurements]
     for name, *figures in points:
         if None in figures:
             raise ValueError(f"{name!r} has no latency_s or no {memory}")
@@ -155,13 +85,13 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
             1, 2, figsize=(10, 0.34 * len(measurements) + 1.5), sharey=True, layout="constrained"
         )
         bars = left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6, color=COLOURS[0])
-        left.bar_label(bars, [_three_digits(float(getattr(entry, figure))) for entry in measurements], padding=3)
+        left.bar_label(bars, [_short(getattr(entry, figure)) for entry in measurements], padding=3)
         for index, (peak, name) in enumerate(peaks.items()):
             values = [getattr(entry, peak) or 0.0 for entry in measurements]
             height = 0.7 / len(peaks)
             shift = (index - (len(peaks) - 1) / 2) * height
             bars = right.barh(rows + shift, values, height=height, color=COLOURS[1 + index], label=name)
-            right.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
+            right.bar_label(bars, [f"{peak:.1f}" for peak in values], padding=3, fontsize=8)
         left.set_yticks(rows, [entry.name for entry in measurements])
         left.set_ylim(len(measurements) - 0.4, -0.6)  # first row on top
         left.set(xlabel=label, title=title)
@@ -173,6 +103,10 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
             axes.grid(axis="x", alpha=0.3)
     plt.close(drawing)
     return drawing
+
+
+def _short(number: float) -> str:
+    return f"{number:.{decimals(number)}f}"
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -294,7 +228,7 @@ def residency_timeline(events: Sequence[Residency], title: str = "", unit: str =
             # A very short stay is still a visible line.
             length = max(event.offload_s - event.onload_s, end / 400)
             axes.barh(row, length, left=event.onload_s, height=0.5, color=colour)
-            text = f"{_three_digits(event.bytes / scale)} {unit}"
+            text = f"{_short(event.bytes / scale)} {unit}"
             # A name after the bar, or before it where the bar ends far to the right.
             late = event.onload_s + length > 0.85 * end
             inside = late and event.onload_s < 0.15 * end

@@ -5,13 +5,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers import files
 from helpers.checkpoints import Checkpoint
 from helpers.devices import GB, component_footprints, environment
 from helpers.errors import TutorialError
 from helpers.measure import Load, Run
+
+if TYPE_CHECKING:
+    import pandas
+
+MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -192,3 +197,45 @@ def provenance(measurements: Sequence[Measurement]) -> str:
     dates = sorted({entry.date for entry in measurements})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{first.device}, torch {first.torch}, {drawn}, {first.steps} steps, {repeats}, {when}"
+
+
+def table(rows: Sequence[Any], columns: Sequence[str], digits: int = 3) -> "pandas.DataFrame":
+    """A table with one line for each of `rows`: measurements, or mappings from the names of `columns` to values.
+
+    The first column is the index. Cells are text, the same on every machine: a column of numbers has as many decimals
+    as leave its largest one `digits` digits; True and False are yes and no, and what is missing is a dash.
+    """
+    import pandas  # here: the processes that measure import this file, and do not need its 30 MB
+
+    # As text too, names are whole, and a table is not folded.
+    pandas.set_option("display.max_colwidth", None, "display.width", 160)
+    texts = {column: _texts([value(row, column) for row in rows], digits) for column in columns}
+    frame = pandas.DataFrame(texts).set_index(columns[0])
+    return frame.rename_axis(index=None, columns=columns[0])
+
+
+def _texts(values: Sequence[Any], digits: int) -> list[str]:
+    words = {None: MISSING, True: "yes", False: "no"}
+    numbers = [entry for entry in values if isinstance(entry, (int, float)) and not isinstance(entry, bool)]
+    whole = all(isinstance(entry, int) for entry in numbers)
+    places = 0 if whole else decimals(max(abs(entry) for entry in numbers), digits)
+    texts = []
+    for entry in values:
+        if entry is None or isinstance(entry, bool):
+            texts.append(words[entry])
+        else:
+            texts.append(f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry))
+    return texts
+
+
+def decimals(number: float, digits: int = 3) -> int:
+    """How many decimals leave `digits` digits of a number, at most: 2 for 5.40, 1 for 14.1, 0 for 170."""
+    return max(0, digits - len(str(int(abs(number)))))
+
+
+def value(row: Any, name: str) -> Any:
+    """A field of a measurement or of a mapping, None if there is none. `peak_mb` is `peak_gb` in MB, and so on."""
+    if isinstance(row, Measurement) and name.endswith("_mb"):
+        in_gb = value(row, name.removesuffix("mb") + "gb")
+        return None if in_gb is None else in_gb * 1e3
+    return row.get(name) if isinstance(row, dict) else getattr(row, name)

@@ -35,6 +35,18 @@ FPS = 16  # Wan2.1 draws 16 frames for each second
 TAGS = {"nbval-ignore-output", "raises-exception"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|tmp|Users|mnt|media|opt|srv|var)/\S*|\b[A-Z]:\\\w\S*")
+# What JupyterLab writes, and so what it leaves alone: in another form a notebook is unsaved as soon as it opens. The
+# version of Python is that of whoever ran it last.
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
+MAX_COLUMNS = 6
 LINK = re.compile(r"\]\(<?([^)\s>]+)|^\s*\[[^\]]+\]:\s*(\S+)|(?:src|href)=[\"']([^\"']+)", re.MULTILINE)
 
 HEADING = re.compile(r"^#{1,6} +(.*?) *#*$", re.MULTILINE)
@@ -57,11 +69,15 @@ def check_format(notebook: NotebookNode) -> list[str]:
 
 
 def check_metadata(notebook: NotebookNode) -> list[str]:
-    """Kernelspec python3, and no metadata that differs between machines."""
+    """Metadata as JupyterLab writes it, and none that differs between machines besides the version of Python."""
     problems = []
-    kernel = notebook.metadata.get("kernelspec", {})
-    if kernel.get("name") != "python3" or kernel.get("display_name") not in {"Python 3", "Python 3 (ipykernel)"}:
-        problems.append(f"The kernelspec must be python3, named 'Python 3 (ipykernel)', and is {dict(kernel)}.")
+    if (notebook.nbformat, notebook.nbformat_minor) != (4, 5):
+        problems.append(f"The format must be 4.5, and is {notebook.nbformat}.{notebook.nbformat_minor}.")
+    kernel, language = (notebook.metadata.get(key, {}) for key in ("kernelspec", "language_info"))
+    if kernel != KERNEL:
+        problems.append(f"The kernelspec must be {KERNEL}, and is {dict(kernel)}.")
+    if not language.get("version", "").startswith("3.") or language != LANGUAGE | {"version": language["version"]}:
+        problems.append(f"language_info must be {LANGUAGE} and the version of Python, and is {dict(language)}.")
     for key in sorted(set(notebook.metadata) - {"kernelspec", "language_info", "widgets"}):
         problems.append(f"The notebook's metadata has '{key}': remove it.")
     for index, cell in enumerate(notebook.cells):
@@ -189,9 +205,28 @@ def check_noise(notebook: NotebookNode) -> list[str]:
         for output in cell.outputs:
             if output.output_type == "stream" and output.name == "stderr":
                 problems.append(f"{name(index, cell)} prints on stderr: {output.text.strip().splitlines()[:1]}")
-        lines = max((len(text.splitlines()) for text in output_texts(cell)), default=0)
+        # A row of a table is many lines of HTML.
+        lines = max((text.count("<tr") or len(text.splitlines()) for text in output_texts(cell)), default=0)
         if lines > MAX_OUTPUT_LINES:
             problems.append(f"{name(index, cell)} has an output of {lines} lines; at most {MAX_OUTPUT_LINES} are read.")
+    return problems
+
+
+def check_tables(notebook: NotebookNode) -> list[str]:
+    """Tables are narrow, and each column of one with several rows says something: it is not constant."""
+    problems = []
+    for index, cell in code_cells(notebook):
+        for page in (output.get("data", {}).get("text/html", "") for output in cell.outputs):
+            rows = [
+                re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)
+            ]
+            if any(len(row) > MAX_COLUMNS for row in rows):
+                problems.append(f"{name(index, cell)} has a table of more than {MAX_COLUMNS} columns.")
+            if len(rows) == 1:
+                problems.append(f"{name(index, cell)} has a table with nothing in it.")
+            for heading, *column in zip(*rows, strict=True) if len(rows) > 2 else ():
+                if len(set(column)) == 1:
+                    problems.append(f"{name(index, cell)} has a table whose column {heading} is constant.")
     return problems
 
 
@@ -213,12 +248,20 @@ def check_tags(notebook: NotebookNode) -> list[str]:
 
 
 def check_links(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
-    """Each link in text to a file of the repository, or to a section of a notebook, leads to one."""
-    return [
-        f"{name(index, cell)} {problem}"
-        for index, cell in text_cells(notebook)
-        for problem in broken_links(cell.source, folder, anchors(notebook))
-    ]
+    """Each link in text leads to a file of the repository, or to a section of another notebook; none to its own page.
+
+    JupyterLab renders what is above such a section late, and stops at a wrong place.
+    """
+    problems = []
+    for index, cell in text_cells(notebook):
+        for groups in LINK.findall(without_code(cell.source)):
+            link = "".join(groups)
+            if link.startswith("#"):
+                problems.append(f"{name(index, cell)} links to {link} of its own page: write the section's number.")
+        problems += [
+            f"{name(index, cell)} {problem}" for problem in broken_links(cell.source, folder, anchors(notebook))
+        ]
+    return problems
 
 
 def check_sections(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
@@ -299,6 +342,7 @@ CHECKS = [
     check_frame,
     check_paths,
     check_noise,
+    check_tables,
     check_tags,
     check_links,
     check_sections,

@@ -32,34 +32,6 @@ def every_figure_is_closed():
     assert plt.get_fignums() == []  # an open figure would show a second time
 
 
-def test_table_as_text():
-    rows = [Measurement("bf16", latency_s=12.3456, repeats=3), {"name": "nf4", "latency_s": 0.012345, "ok": True}]
-    text = repr(charts.table(rows, ["name", "latency_s", "repeats", "ok"]))
-    assert text.splitlines() == [
-        "name  latency_s  repeats   ok",
-        "bf16       12.3        3    –",
-        "nf4      0.0123        –  yes",
-    ]
-
-
-def test_table_with_formats_as_html():
-    table = charts.table([{"a<b": "x & y", "n": 2.0}], {"a<b": "", "n": ".3f"})
-    assert table._repr_html_() == (
-        "<table>\n"
-        '<thead><tr><th style="text-align: left">a&lt;b</th><th style="text-align: right">n</th></tr></thead>\n'
-        '<tbody>\n<tr><td style="text-align: left">x &amp; y</td><td style="text-align: right">2.000</td></tr>\n'
-        "</tbody>\n</table>"
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0.00"), (1.0, "1.00"), (9.999, "10.0"), (1234.7, "1235"), (-0.01234, "-0.0123"), (float("inf"), "inf")],
-)
-def test_three_digits(value, text):
-    assert charts._three_digits(value) == text
-
-
 def boxes_of(figure) -> dict[str, object]:
     figure.draw_without_rendering()
     (axes,) = figure.axes
@@ -88,8 +60,9 @@ def test_labels_of_points_do_not_overlap(measurements):
 
 def test_chart_on_a_cpu_uses_another_field():
     entry = Measurement("nf4", latency_s=1.0, footprint_gb=0.004)
-    figure = charts.latency_memory_chart([entry], memory="footprint_gb", memory_label="weights (GB)")
-    assert figure.axes[0].get_xlabel() == "weights (GB)"
+    figure = charts.latency_memory_chart([entry], memory="footprint_mb", memory_label="weights (MB)")
+    assert figure.axes[0].get_xlabel() == "weights (MB)"
+    assert [tuple(point) for part in figure.axes[0].collections for point in part.get_offsets()] == [(4.0, 1.0)]
     with pytest.raises(ValueError, match="'nf4' has no latency_s or no peak_gb"):
         charts.latency_memory_chart([entry])
 
@@ -121,7 +94,7 @@ def test_residency_timeline():
     assert [(round(row), x) for row, x, _ in bars] == [(0, 0.0), (1, 0.1), (2, 5.5), (0, 5.501)]
     assert bars[1][2] == pytest.approx(5.4)
     assert bars[2][2] > 0.005  # too short to see otherwise
-    assert [text.get_text() for text in axes.texts] == ["0.246 GB", "6.70 GB", "0.168 GB", "0.246 GB"]
+    assert [text.get_text() for text in axes.texts] == ["0.25 GB", "6.70 GB", "0.17 GB", "0.25 GB"]
     figure.draw_without_rendering()
     for text, bar in zip(axes.texts, axes.patches, strict=True):
         box = text.get_window_extent()

@@ -9,16 +9,21 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 def good_notebook():
     """Two code cells among three text cells, as stored after a run."""
     return new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}},
+        metadata={
+            "kernelspec": dict(notebook_checks.KERNEL),
+            "language_info": notebook_checks.LANGUAGE | {"version": "3.12.1"},
+        },
         cells=[
             new_markdown_cell(
                 "# Title\n\n## 1. The *one* part\n\n"
-                "Read [section 1](#1.-The-one-part), the [sanitize file](nbval_sanitize.cfg), "
+                "Read section 1, the [sanitize file](nbval_sanitize.cfg), "
                 "[lesson 1](01_quantize_and_compile.ipynb#1.-Set-up), section 2, "
                 "([a paper, section 9](https://example.org)), "
                 "`a[0](1)` or https://example.org/tmp/."
             ),
-            new_code_cell("x = 1\nx", execution_count=1, outputs=[result("1")]),
+            new_code_cell(
+                "x = 1\nx", execution_count=1, outputs=[result("1"), result(page("ab", "cd", "ef"), "text/html")]
+            ),
             new_markdown_cell("Text.\n\n```python\n# a comment, no title\n```"),
             new_code_cell("assert x == 1", execution_count=2, metadata={"tags": ["nbval-ignore-output"]}),
             new_markdown_cell("The end."),
@@ -28,6 +33,10 @@ def good_notebook():
 
 def result(text, kind="text/plain"):
     return new_output("execute_result", {kind: text}, execution_count=1)
+
+
+def page(*rows):
+    return "".join(f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in rows)
 
 
 def error():
@@ -44,6 +53,9 @@ BREAKS = {
     "metadata: other kernel": lambda n: n.metadata.kernelspec.update(name="venv-of-mine"),
     "metadata: other display name": lambda n: n.metadata.kernelspec.update(display_name="venv-of-mine"),
     "metadata: no kernel": lambda n: n.metadata.pop("kernelspec"),
+    "metadata: no language": lambda n: n.metadata.pop("language_info"),
+    "metadata: language by its name only": lambda n: n.metadata.update(language_info={"name": "python"}),
+    "metadata: older format": lambda n: n.update(nbformat_minor=4),
     "metadata: key of an editor": lambda n: n.metadata.update(vscode={}),
     "metadata: times of a run": lambda n: code(n).metadata.update(execution={}),
     "executed: not run": lambda n: code(n).update(execution_count=None),
@@ -81,7 +93,11 @@ BREAKS = {
     "paths: in a traceback": lambda n: code(n).outputs.append(error() | {"traceback": ["File /home/me/a.py:1"]}),
     "noise: pages of a result": lambda n: code(n).outputs.append(result("Layer()\n" * 41)),
     "noise: pages of a print": lambda n: code(n).outputs.append(new_output("stream", name="stdout", text="x\n" * 41)),
+    "noise: pages of a table": lambda n: code(n).outputs.append(result(page(*["ab", "cd"] * 21), "text/html")),
     "noise: stderr": lambda n: code(n).outputs.append(new_output("stream", name="stderr", text="Warning\n")),
+    "tables: wide": lambda n: code(n).outputs.append(result(page(["a"] * 7, ["b"] * 7), "text/html")),
+    "tables: constant column": lambda n: code(n).outputs.append(result(page("ab", "cd", "ed"), "text/html")),
+    "tables: empty": lambda n: code(n).outputs.append(result(page("ab"), "text/html")),
     "tags: skipped cell": lambda n: code(n).metadata.update(tags=["nbval-skip"]),
     "tags: misspelt": lambda n: code(n).metadata.update(tags=["nbval-ignore"]),
     "tags: marker in a comment": lambda n: code(n).update(source="# NBVAL_SKIP\nx"),
@@ -90,9 +106,9 @@ BREAKS = {
     "links: file missing": lambda n: n.cells[2].update(source="[next](99_none.ipynb#part)"),
     "links: picture missing": lambda n: n.cells[2].update(source='<img src="none.png">'),
     "links: reference missing": lambda n: n.cells[2].update(source="See [it].\n\n[it]: none.md"),
+    "links: within the page": lambda n: n.cells[2].update(source="See [section 2](#2.-More)."),
     "links: absolute": lambda n: n.cells[2].update(source="[it](/etc/passwd)"),
     "links: section missing": lambda n: n.cells[2].update(source="[it](#2.-The-other-part)"),
-    "links: section twice": lambda n: n.cells[2].update(source="## 1. The one part"),
     "links: section of another notebook": lambda n: n.cells[2].update(
         source="[it](01_quantize_and_compile.ipynb#1.-Set)"
     ),

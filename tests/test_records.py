@@ -59,3 +59,47 @@ def test_peak_is_the_larger_one_that_is_known():
     assert Measurement("a", load_peak_gb=12.2, run_peak_gb=7.1).peak_gb == 12.2
     assert Measurement("a", run_peak_gb=7.1).peak_gb == 7.1
     assert Measurement("a").peak_gb is None
+
+
+ROWS = [
+    Measurement("bf16", latency_s=12.3456, step_ms=1234.7, repeats=3, footprint_gb=0.0183),
+    {"name": "nf4 <b>", "latency_s": 0.25, "repeats": 10, "footprint_mb": 7.8, "step_ms": -5.0, "fits": False},
+]
+
+
+def test_table_as_text():
+    frame = records.table(ROWS, ["name", "latency_s", "step_ms", "repeats", "footprint_mb"])
+    assert repr(frame).splitlines() == [
+        "name    latency_s step_ms repeats footprint_mb",
+        "bf16         12.3    1235       3         18.3",
+        "nf4 <b>       0.2      -5      10          7.8",
+    ]
+    fits = [{"card": "6 GB", "fits": True, "call_s": 1.0}, {"card": "8 GB", "fits": False}, {"card": 12, "call_s": 0}]
+    assert repr(records.table(fits, ["card", "fits", "call_s"], digits=4)).splitlines() == [
+        "card fits call_s",
+        "6 GB  yes  1.000",
+        "8 GB   no      –",
+        "12      –  0.000",
+    ]
+
+
+def test_table_is_whole_and_the_same_each_time():
+    name = "nf4 <b>" + ", as long as the names of the benchmark" * 3
+    rows = [ROWS[0], ROWS[1] | {"name": name}]
+    tables = [records.table(rows, ["name", "latency_s"]) for _ in range(2)]
+    assert repr(tables[0]).splitlines()[2] == f"{name}       0.2"  # whole, on one line
+    (page,) = {table._repr_html_() for table in tables}
+    assert f"<th>{name.replace('<b>', '&lt;b&gt;')}</th>\n      <td>0.2</td>" in page
+
+
+def test_table_knows_its_fields():
+    with pytest.raises(AttributeError, match="latency"):
+        records.table(ROWS[:1], ["name", "latency"])
+
+
+@pytest.mark.parametrize(
+    ("number", "places"), [(0.0, 2), (0.0123, 2), (5.4, 2), (-5.4, 2), (14.1, 1), (170.1, 0), (41560.0, 0)]
+)
+def test_decimals_leave_three_digits(number, places):
+    assert records.decimals(number) == places
+    assert records.decimals(number, digits=4) in (places + 1, 0)
