@@ -380,9 +380,11 @@ def test_deleted_pocket_checkpoint(pocket, started, monkeypatch, tmp_path):
 def test_no_compiler(checkpoint, started, monkeypatch, tmp_path):
     """What needs one says so, in the lessons' sentence; the others are measured."""
     monkeypatch.setattr(cpu_backend, "has_gpu", lambda: False)
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "bf16, resident", "recipe 1")
-    assert run(monkeypatch, *options) == "3 of 4 combinations could not be measured: the table says why."
+    # monkeypatch would leave the setting deleted.
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        sentence = run(monkeypatch, *options)
+    assert sentence == "3 of 4 combinations could not be measured: the table says why."
     assert started.measured == ["bf16, resident, eager"]
     failures = [row.failure for row in results(tmp_path / "r").values() if row.failure]
     assert len(failures) == 3 and all("no-such-compiler was not found: install one" in text for text in failures)
