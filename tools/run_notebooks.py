@@ -146,6 +146,7 @@ def kill_kernel(client: NotebookClient) -> None:
     process = kernel_process(client)
     if process is not None and process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def describe_failure(run: Run, error: BaseException | None) -> str | None:
@@ -236,8 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         passed = [run_one(path, options.build) for path in paths]
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+        print("\nStopped.", file=sys.stderr, flush=True)
+        # Not by a return: nbclient cleans up at exit what its own thread, above, may still be cleaning up.
+        os._exit(130)
     failed = passed.count(False)
     verdict = (
         f"{failed} of {len(paths)} notebooks failed" if failed else f"{len(paths)} of {len(paths)} notebooks passed"
