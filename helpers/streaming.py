@@ -1,0 +1,460 @@
+"""Draw with a model that is larger than the card: its blocks wait in host memory and are copied there just in time.
+
+`fill_card(pipeline, limit_gb, ...)` fits a whole pipeline into a limit; `stream_blocks(model, budget_gb)` is the piece
+beneath it, for one model. This file needs torch, diffusers and psutil, and nothing else of this project: copy it.
+"""
+
+import contextlib
+import functools
+import warnings
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+GB = 1e9
+ALIGNMENT = 256  # bytes: a kernel may be chosen by it
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers, and what bitsandbytes keeps beside a 4-bit weight (absmax, code, offset), each once."""
+    found = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if hasattr(tensor, "CB") or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+            raise ValueError(f"{type(tensor).__name__} weights cannot be streamed: load in bfloat16, or in nf4.")
+        state = getattr(tensor, "quant_state", None)
+        parts = (value for owner in (state, getattr(state, "state2", None)) if owner for value in vars(owner).values())
+        found |= {id(part): part for part in (tensor, *parts) if isinstance(part, torch.Tensor)}
+    return list(found.values())
+
+
+def find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost repeated blocks: of the classes that diffusers or transformers name, else the members of lists."""
+    names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+    blocks = blocks or [block for members in lists if len(set(map(type, members))) == 1 for block in members]
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
+    return [block for block in blocks if id(block) not in inner]
+
+
+class Parcel:
+    """Some tensors of a model side by side in one host buffer, so that one copy brings them all to the card."""
+
+    def __init__(self, tensors: list[torch.Tensor], device: torch.device) -> None:
+        self.tensors, self.device, self.host = tensors, device, None
+        self.homes = [tensor.device for tensor in tensors]
+        self.places, self.bytes = [], 0
+        for tensor in tensors:
+            self.places.append((self.bytes, torch.empty_like(tensor, device="meta").stride()))
+            self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.pack()
+
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each tensor, and its place in a buffer of bytes."""
+        for tensor, (start, stride) in zip(self.tensors, self.places, strict=True):
+            yield tensor, buffer[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, stride)
+
+    def point(self, buffer: torch.Tensor) -> None:
+        """Let the model use the copy in `buffer`. The tensors remain the same objects, as compiled code demands."""
+        for tensor, view in self.views(buffer):
+            tensor.data = view
+
+    def pack(self) -> None:
+        """Put the tensors into the host buffer, those too that others have replaced since."""
+        if self.host is None:
+            self.host = torch.empty(self.bytes, dtype=torch.uint8)
+            self.unpin = weakref.finalize(self.host, pin(self.host, self.device))
+        for tensor, view in self.views(self.host):
+            if tensor.data_ptr() != view.data_ptr():
+                tensor.data = view.copy_(tensor)
+
+    def visit(self) -> None:
+        """Come to the card, into memory of its own. The way back is `point(host)`: weights do not change."""
+        self.pack()
+        card = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+        self.point(card.copy_(self.host, non_blocking=True))
+
+    def stay(self) -> int:
+        """Come to the card for good, and free the host buffer. Returns its bytes."""
+        self.visit()
+        self.unpin()
+        self.host = None
+        return self.bytes
+
+    def restore(self) -> None:
+        """Make plain tensors of all, on the device that each came from."""
+        for tensor, home in zip(self.tensors, self.homes, strict=True):
+            tensor.data = tensor.data.to(home, copy=True)
+        self.unpin()
+
+
+def pin(buffer: torch.Tensor, device: torch.device) -> Callable[[], Any]:
+    """Page-lock a host buffer, so that copies run beside the computation. Returns what undoes it.
+
+    At its exact size: torch's own pinned memory rounds up to a power of two.
+    """
+    if device.type != "cuda" or not buffer.nbytes:
+        return int
+    address = buffer.data_ptr()
+    if int(torch.cuda.cudart().cudaHostRegister(address, buffer.nbytes, 0)) == 0:
+        return lambda: (torch.cuda.synchronize(device), torch.cuda.cudart().cudaHostUnregister(address))
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)  # CUDA reports the refusal once more, with the next kernel
+    warnings.warn("The system page-locks no more host memory (see `ulimit -l`): copies are slower.", stacklevel=2)
+    return int
+
+
+class Ring:
+    """Room on the card through which parcels pass, always the same bytes, like a tape in a loop.
+
+    Copies run on a stream of their own, in the order of the last time, as far ahead as there is room. An event says
+    when a copy has arrived, another when the computation has done with it and its room can be filled again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.size, self.memory = device, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.queue, self.used = deque(), deque()  # (parcel, start, copied event) and (start, done event)
+        self.following, self.visitor = {}, None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all copies."""
+        if self.stream:
+            torch.cuda.synchronize(self.device)
+        for parcel, *_ in self.queue:
+            parcel.point(parcel.host)
+        self.queue.clear()
+        self.used.clear()
+        self.position, self.last, self.done, self.clean = 0, None, None, True
+
+    def place(self, parcel: Parcel, start: int) -> torch.Tensor:
+        """The bytes of a parcel; `start` counts on, lap after lap."""
+        return self.memory[start % self.size :][: parcel.bytes]
+
+    def copy(self, parcel: Parcel) -> bool:
+        """Start to copy a parcel behind the last one; False if there is no room yet."""
+        start = self.position
+        if start % self.size + parcel.bytes > self.size:
+            start += self.size - start % self.size  # no parcel lies across the end
+        overwritten = start + parcel.bytes - self.size
+        if self.queue and self.queue[0][1] < overwritten:
+            return False
+        parcel.pack()
+        ready = None
+        with torch.cuda.stream(self.stream):  # without a stream this does nothing
+            while self.used and self.used[0][0] < overwritten:
+                self.stream.wait_event(self.used.popleft()[1])
+            self.place(parcel, start).copy_(parcel.host, non_blocking=True)
+            ready = self.stream and self.stream.record_event()
+        self.queue.append((parcel, start, ready))
+        self.position = start + parcel.bytes
+        return True
+
+    def take(self, parcel: Parcel) -> None:
+        """Let the model use a parcel; the computation waits until it is copied, Python does not."""
+        self.clean = False
+        if self.memory is None:
+            self.memory = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                self.memory.record_stream(self.stream)
+        while self.queue and self.queue[0][0] is not parcel:
+            self.queue.popleft()  # expected, and not asked for
+        if not self.queue:
+            self.copy(parcel)
+        self.following[self.last], self.last = parcel, parcel
+        self.run_ahead()
+        _, start, ready = self.queue[0]
+        if ready:
+            torch.cuda.current_stream(self.device).wait_event(ready)
+        parcel.point(self.place(parcel, start))
+
+    def give_back(self, parcel: Parcel) -> None:
+        """The computation with a parcel is under way: its room may be filled as soon as that ends."""
+        if self.stream:
+            self.done = torch.cuda.current_stream(self.device).record_event()
+            self.used.append((self.queue[0][1], self.done))
+        self.queue.popleft()
+        parcel.point(parcel.host)
+        self.run_ahead()
+        self.clean = True
+
+    def run_ahead(self) -> None:
+        """Copy what is expected next, as long as there is room."""
+        following = self.following.get(self.queue[-1][0] if self.queue else self.last)
+        while following and following.host is not None and all(following is not parcel for parcel, *_ in self.queue):
+            if not self.copy(following):
+                return
+            following = self.following.get(following)
+
+
+class Streamed:
+    """A model whose blocks come to the card when they are needed. `remove` makes it a plain model again."""
+
+    def __init__(self, model: torch.nn.Module, ring: Ring) -> None:
+        self.model, self.ring, self.device = model, ring, ring.device
+        if hasattr(model, "_streamed") or hasattr(model, "_hf_hook") or _is_group_offload_enabled(model):
+            raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
+        blocks = {block: tensors_of(block) for block in find_blocks(model)}
+        everything = tensors_of(model)
+        moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu") / GB
+        if moving > psutil.virtual_memory().available / GB:
+            raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
+        uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
+        for block, tensors in blocks.items():
+            block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
+            swap_class(block, StreamedBlock, self)
+        self.parcels = [block._parcel for block in blocks]
+        ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
+        self.rest = Parcel([tensor for tensor in everything if uses[id(tensor)] != 1], self.device)
+        swap_class(model, StreamedModel, self)
+        outside = [module for module in model.modules() if not isinstance(module, StreamedBlock)]
+        # A hook on every module, because a VAE is entered by its decoder, not by a call.
+        self.hooks = [module.register_forward_pre_hook(self.begin) for module in outside]
+        self.modules = 0
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A streamed model cannot be copied or pickled: end that first with `remove()`.")
+
+    @torch.compiler.disable
+    def begin(self, module: torch.nn.Module, arguments: Any) -> None:
+        """Before a forward outside the blocks: bring the rest here, and send away that of another model."""
+        comes_and_goes = self.rest.host is not None
+        if module is not self.model and (not comes_and_goes or self.ring.visitor is self):
+            return
+        if _is_group_offload_enabled(self.model):
+            raise RuntimeError("Group offload was enabled for a streamed model: load it anew, and choose one of them.")
+        if (modules := sum(1 for _ in self.model.modules())) != self.modules:
+            known = {id(tensor) for parcel in (*self.parcels, self.rest) for tensor in parcel.tensors}
+            for tensor in tensors_of(self.model):
+                if id(tensor) not in known:
+                    tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
+            self.modules = modules
+        ring = self.ring
+        if not ring.clean:
+            ring.reset()
+        # What was copied ahead counts only if the card is still busy with the last forward. Otherwise there was time to
+        # change weights in place.
+        if ring.done is None or ring.done.query():
+            ring.queue.clear()
+        if ring.visitor not in (None, self):
+            ring.visitor.rest.point(ring.visitor.rest.host)
+            ring.visitor = None
+        if comes_and_goes and ring.visitor is None:
+            self.rest.visit()
+            ring.visitor = self
+
+    def keep(self, budget: float) -> int:
+        """Let blocks stay on the card, evenly spread, for at most `budget` bytes. Returns the bytes that were taken."""
+        streamed = [parcel for parcel in self.parcels if parcel.host is not None]
+        share = min(1, budget / max(1, sum(parcel.bytes for parcel in streamed)))
+        taken = due = 0
+        for parcel in streamed:
+            due += share * parcel.bytes
+            if taken + parcel.bytes <= due + 1:
+                taken += parcel.stay()
+        return taken
+
+    def remove(self) -> None:
+        """End it: all weights go back to where they were."""
+        self.ring.reset()
+        self.ring.following.clear()
+        self.ring.memory = self.ring.visitor = None
+        for parcel in (*self.parcels, self.rest):
+            parcel.restore()
+        for hook in self.hooks:
+            hook.remove()
+        for module in self.model.modules():
+            if isinstance(module, StreamedBlock | StreamedModel):
+                module.__class__ = type(module).__mro__[2]
+                del module._streamed
+
+
+class StreamedBlock:
+    """What a streamed block does more. It surrounds the call, whatever compiles or wraps `forward`, before or after."""
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ring, parcel = self._streamed.ring, self._parcel
+        if parcel.host is None:
+            return super().__call__(*args, **kwargs)
+        try:
+            ring.take(parcel)
+            output = super().__call__(*args, **kwargs)
+            ring.give_back(parcel)
+            return output
+        except BaseException:  # Ctrl-C included
+            ring.reset()
+            raise
+
+
+class StreamedModel:
+    """What a streamed model does more: it names the card as its device, and `.to` ends the streaming."""
+
+    device = property(lambda self: self._streamed.device)
+
+    def _apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
+        if all(function(tensor.data).data_ptr() == tensor.data_ptr() for tensor in tensors_of(self)):
+            return self  # as with `.to(dtype)` of the same dtype
+        self._streamed.remove()
+        return self._apply(function, recurse)
+
+
+def swap_class(module: torch.nn.Module, mixin: type, streamed: Streamed) -> None:
+    """Put a mixin before the class of one module, as torch's `fully_shard` does, under the same name."""
+    module._streamed = streamed
+    module.__class__ = mixed(type(module), mixin)
+
+
+@functools.cache
+def mixed(base: type, mixin: type) -> type:
+    """One class for all blocks of a kind: compiled code is shared by modules of the same class."""
+    new = type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    if base in TransformerBlockRegistry._registry:  # where caches such as FirstBlockCache look
+        TransformerBlockRegistry._registry[new] = TransformerBlockRegistry._registry[base]
+    return new
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """The device with its number; without one, the accelerator, or the CPU."""
+    return torch.empty(0, device=device or torch.accelerator.current_accelerator() or "cpu").device
+
+
+def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device | str | None = None) -> Streamed:
+    """Let the repeated blocks of a model take `budget_gb` of the card, and the rest of it stay there.
+
+    Up to twice the largest block is the ring; what the budget has beyond that are blocks that stay, evenly spread.
+
+    Raises:
+        ValueError: no repeated blocks, a budget below the largest block, or a model that is offloaded already.
+        MemoryError: too little host memory.
+    """
+    sizes = [sum(tensor.nbytes + ALIGNMENT for tensor in tensors_of(block)) for block in find_blocks(model)]
+    if not sizes:
+        raise ValueError(f"A {type(model).__name__} has no repeated blocks to stream.")
+    budget, largest = budget_gb * GB, max(sizes)
+    if budget < largest:
+        raise ValueError(f"The largest block takes {largest / GB:.4f} GB: give at least that, and better twice that.")
+    streamed = Streamed(model, Ring(find_device(device)))
+    streamed.rest.stay()
+    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, 2 * largest))
+    streamed.keep(budget - streamed.ring.size)
+    return streamed
+
+
+class Filled:
+    """A pipeline within a limit. `print` it to read what was decided and why; `remove` makes it a plain pipeline."""
+
+    def __init__(self) -> None:
+        self.parts, self.reasons, self.tiled_vae, self.expected_gb = {}, [], None, 0.0
+
+    def __str__(self) -> str:
+        return "\n".join(self.reasons)
+
+    def remove(self) -> None:
+        """End it: all weights go back to where they were."""
+        for streamed in self.parts.values():
+            if hasattr(streamed.model, "_streamed"):
+                streamed.remove()
+        if self.tiled_vae is not None:
+            self.tiled_vae.disable_tiling()
+
+
+def fill_card(
+    pipeline: DiffusionPipeline, limit_gb: float | None = None, device: torch.device | str | None = None, **call: Any
+) -> Filled:
+    """Fit a pipeline into `limit_gb` of reserved memory (without a limit: what is free now), as fast as it allows.
+
+    `call` has the arguments of the calls to come, the size above all: one step of it measures what a call takes with
+    every block streamed. What the limit leaves goes to blocks that stay. On a CPU only weights are counted.
+
+    Raises:
+        ValueError: a component is offloaded already, or cannot be streamed.
+        MemoryError: the limit is too low for this call, or the host has too little memory.
+    """
+    models = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+    models = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
+    for model in models.values():
+        if hasattr(model, "_streamed"):
+            model._streamed.remove()
+    ring, filled = Ring(find_device(device)), Filled()
+    try:
+        for name, model in models.items():
+            filled.parts[name] = Streamed(model, ring)
+        _plan(pipeline, filled, ring, limit_gb, call)
+    except BaseException:
+        filled.remove()
+        raise
+    return filled
+
+
+def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: float | None, call: dict) -> None:
+    """Decide what stays, comes and goes, or is streamed."""
+    parts, on_gpu = filled.parts, ring.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    others = torch.cuda.memory_reserved(ring.device) if on_gpu else 0
+    free = torch.cuda.mem_get_info(ring.device)[0] if on_gpu else psutil.virtual_memory().available
+    limit = free if limit_gb is None else limit_gb * GB
+    # What runs at each step; the rest of the pipeline runs once: text encoders before, the VAE after.
+    steps = [name for name, s in parts.items() if isinstance(s.model, ModelMixin) and not hasattr(s.model, "decode")]
+    held = sum(parts[name].rest.stay() for name in steps)
+    ring.size = 2 * max((parcel.bytes for s in parts.values() for parcel in s.parcels), default=0)
+
+    def measure() -> float:
+        return _highest_reserved(pipeline, call, ring.device) - others if on_gpu else held + ring.size
+
+    peak, vae = measure(), getattr(pipeline, "vae", None)
+    tiling = "in one piece"
+    if peak > limit and hasattr(vae, "enable_tiling") and not vae.use_tiling:
+        tiling = f"in tiles, because the whole picture takes the call to {peak / GB:.2f} GB"
+        filled.tiled_vae = vae
+        vae.enable_tiling()
+        peak = measure()
+    if peak > limit:
+        raise MemoryError(
+            f"A call takes {peak / GB:.2f} GB of the card with every block streamed, and the limit is "
+            f"{limit / GB:.2f} GB: draw smaller, or give more."
+        )
+    room = limit - peak
+    for names in (steps, [name for name in parts if name not in steps]):
+        total = sum(parcel.bytes for name in names for parcel in parts[name].parcels)
+        room -= sum(parts[name].keep(room * sum(p.bytes for p in parts[name].parcels) / (total or 1)) for name in names)
+    for name, s in parts.items():
+        if s.rest.host is not None and s.rest.bytes <= room and all(parcel.host is None for parcel in s.parcels):
+            room -= s.rest.stay()
+        moving = [parcel for parcel in s.parcels if parcel.host is not None]
+        size = sum(parcel.bytes for parcel in (*s.parcels, s.rest)) / GB
+        how = "stays on the card" if s.rest.host is None else "comes when it is called, and leaves for the next"
+        if moving:
+            gb = sum(parcel.bytes for parcel in moving) / GB
+            how += (
+                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {gb:.2f} GB a forward, for want of room"
+            )
+        filled.reasons.append(f"{name} ({size:.2f} GB) {how}" + (f"; it decodes {tiling}." if s.model is vae else "."))
+    filled.expected_gb = (limit - room) / GB
+    filled.reasons.append(
+        f"Expected: {filled.expected_gb:.2f} GB of {limit / GB:.2f} GB. With every block streamed, one step took "
+        f"{peak / GB:.2f} GB, of which {(held + ring.size) / GB:.2f} GB are weights that are always there."
+    )
+
+
+def _highest_reserved(pipeline: DiffusionPipeline, call: dict, device: torch.device) -> float:
+    """Highest reserved bytes of a call with one step; infinite if the card has too little."""
+    call = {name: value for name, value in call.items() if name not in ("generator", "sigmas", "timesteps")}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.random.fork_rng([device]):
+            pipeline(**call | {"num_inference_steps": 1})
+    except torch.OutOfMemoryError:
+        return float("inf")
+    return torch.cuda.max_memory_reserved(device)
