@@ -20,6 +20,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch.utils._pytree import tree_map_only
 
 GB = 1e9
+RING = 2  # the size of the ring, in the largest blocks
 
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -44,67 +45,67 @@ def find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for block in blocks if id(block) not in inner]
 
 
-def aligned(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor in a parcel, where the next one begins at a round address: kernels are chosen by it."""
-    return -(-tensor.nbytes // 256) * 256
-
-
 class Parcel:
-    """Some tensors of a model side by side in one host buffer, so that one copy brings them all to the card."""
+    """Some tensors of a model side by side in one host buffer, so that one copy brings them all to the card.
+
+    `host` is that buffer, page-locked; None once the tensors stay on the card.
+    """
 
     def __init__(self, tensors: list[torch.Tensor], device: torch.device) -> None:
-        self.tensors, self.device, self.host = tensors, device, None
-        self.homes = [tensor.device for tensor in tensors]
-        self.places, self.bytes = [], 0
-        for tensor in tensors:
-            self.places.append((self.bytes, torch.empty_like(tensor, device="meta").stride()))
-            self.bytes += aligned(tensor)
+        self.tensors, self.device = tensors, device
+        self.sources = [tensor.device for tensor in tensors]
+        self.layout, self.bytes = [], 0
+        for tensor in tensors:  # each at a round address: a kernel may be chosen by it
+            stride = torch.empty_like(tensor, device="meta").stride()
+            self.layout.append((self.bytes, tensor.nbytes, tensor.dtype, tensor.shape, stride))
+            self.bytes += -(-tensor.nbytes // 256) * 256
+        self.host = torch.empty(self.bytes, dtype=torch.uint8)
+        self.unpin = weakref.finalize(self.host, pin(self.host, device))
+        self.homes = list(self.views(self.host))
         self.pack()
 
-    def views(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each tensor, and its place in a buffer of bytes."""
-        for tensor, (start, stride) in zip(self.tensors, self.places, strict=True):
-            yield tensor, buffer[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, stride)
-
-    def point(self, buffer: torch.Tensor) -> None:
-        """Let the model use the copy in `buffer`. The tensors remain the same objects, as compiled code demands."""
-        for tensor, view in self.views(buffer):
-            tensor.data = view
+    def views(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The tensors as they lie in a buffer of bytes."""
+        for start, size, dtype, shape, stride in self.layout:
+            yield buffer[start : start + size].view(dtype).as_strided(shape, stride)
 
     def pack(self) -> None:
         """Put the tensors into the host buffer, those too that others have replaced since."""
-        if self.host is None:
-            self.host = torch.empty(self.bytes, dtype=torch.uint8)
-            self.unpin = weakref.finalize(self.host, pin(self.host, self.device))
-        for tensor, view in self.views(self.host):
-            if tensor.data_ptr() != view.data_ptr():
-                tensor.data = view.copy_(tensor)
+        for tensor, home in zip(self.tensors, self.homes, strict=True):
+            if tensor.data_ptr() != home.data_ptr():
+                tensor.data = home.copy_(tensor)
+
+    def point(self, views: Any) -> None:
+        """Let the model use other copies. The tensors remain the same objects, as compiled code demands."""
+        for tensor, view in zip(self.tensors, views, strict=True):
+            tensor.data = view
 
     def visit(self) -> None:
-        """Come to the card, into memory of its own. The way back is `point(host)`: weights do not change."""
+        """Come to the card, into memory of its own. `leave` takes no copy back: weights do not change."""
         self.pack()
         card = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
-        self.point(card.copy_(self.host, non_blocking=True))
+        self.point(self.views(card.copy_(self.host, non_blocking=True)))
+
+    def leave(self) -> None:
+        """Back to the host buffer."""
+        self.point(self.homes)
 
     def stay(self) -> int:
         """Come to the card for good, and free the host buffer. Returns its bytes."""
         self.visit()
         self.unpin()
-        self.host = None
+        self.host = self.homes = None
         return self.bytes
 
     def restore(self) -> None:
-        """Make plain tensors of all, on the device that each came from."""
-        for tensor, home in zip(self.tensors, self.homes, strict=True):
-            tensor.data = tensor.data.to(home, copy=True)
+        """Bring all tensors back to the devices that they came from."""
+        for tensor, source in zip(self.tensors, self.sources, strict=True):
+            tensor.data = tensor.data.to(source)
         self.unpin()
 
 
 def pin(buffer: torch.Tensor, device: torch.device) -> Callable[[], Any]:
-    """Page-lock a host buffer, so that copies run beside the computation. Returns what undoes it.
-
-    At its exact size: torch's own pinned memory rounds up to a power of two.
-    """
+    """Page-lock a host buffer at its exact size (torch's own way takes a power of two). Returns what undoes it."""
     if device.type != "cuda" or not buffer.nbytes:
         return int
     address = buffer.data_ptr()
@@ -119,7 +120,7 @@ def pin(buffer: torch.Tensor, device: torch.device) -> Callable[[], Any]:
 class Ring:
     """Room on the card through which parcels pass, always the same bytes, like a tape in a loop.
 
-    Copies run on a stream of their own, in the order of the last time, as far ahead as there is room. An event says
+    Copies run on a stream of their own, in the order of the last time, as far ahead as there is room. One event says
     when a copy has arrived, another when the computation has done with it and its room can be filled again.
     """
 
@@ -132,35 +133,44 @@ class Ring:
 
     @torch.compiler.disable
     def reset(self) -> None:
-        """Forget all copies."""
+        """Forget all copies, as after an interrupt."""
         if self.stream:
             torch.cuda.synchronize(self.device)
         for parcel, *_ in self.queue:
-            parcel.point(parcel.host)
+            parcel.leave()
         self.queue.clear()
         self.used.clear()
         self.position, self.last, self.done, self.clean = 0, None, None, True
 
-    def place(self, parcel: Parcel, start: int) -> torch.Tensor:
-        """The bytes of a parcel; `start` counts on, lap after lap."""
-        return self.memory[start % self.size :][: parcel.bytes]
+    def begin(self, visitor: "Streamed | None") -> None:
+        """Before the forward of a model: the part of another that came for its own forward only leaves the card."""
+        if not self.clean:
+            self.reset()
+        # Copies that ran ahead count if the card is still busy with the last forward. Otherwise there was time for
+        # others to change weights in place.
+        if self.done is None or self.done.query():
+            self.queue.clear()
+        if self.visitor not in (None, visitor):
+            self.visitor.rest.leave()
+            self.visitor = None
+        if visitor and not self.visitor:
+            visitor.rest.visit()
+            self.visitor = visitor
 
     def copy(self, parcel: Parcel) -> bool:
         """Start to copy a parcel behind the last one; False if there is no room yet."""
-        start = self.position
+        start = self.position  # it counts on, lap after lap
         if start % self.size + parcel.bytes > self.size:
             start += self.size - start % self.size  # no parcel lies across the end
         overwritten = start + parcel.bytes - self.size
         if self.queue and self.queue[0][1] < overwritten:
             return False
         parcel.pack()
-        ready = None
-        with torch.cuda.stream(self.stream):  # without a stream this does nothing
+        with torch.cuda.stream(self.stream):  # which does nothing without a stream
             while self.used and self.used[0][0] < overwritten:
                 self.stream.wait_event(self.used.popleft()[1])
-            self.place(parcel, start).copy_(parcel.host, non_blocking=True)
-            ready = self.stream and self.stream.record_event()
-        self.queue.append((parcel, start, ready))
+            self.memory[start % self.size :][: parcel.bytes].copy_(parcel.host, non_blocking=True)
+            self.queue.append((parcel, start, self.stream and self.stream.record_event()))
         self.position = start + parcel.bytes
         return True
 
@@ -179,10 +189,10 @@ class Ring:
             self.copy(parcel)
         self.following[self.last], self.last = parcel, parcel
         self.run_ahead()
-        _, start, ready = self.queue[0]
-        if ready:
-            torch.cuda.current_stream(self.device).wait_event(ready)
-        parcel.point(self.place(parcel, start))
+        _, start, copied = self.queue[0]
+        if copied:
+            torch.cuda.current_stream(self.device).wait_event(copied)
+        parcel.point(parcel.views(self.memory[start % self.size :]))
 
     @torch.compiler.disable
     def give_back(self, parcel: Parcel) -> None:
@@ -191,24 +201,55 @@ class Ring:
             self.done = torch.cuda.current_stream(self.device).record_event()
             self.used.append((self.queue[0][1], self.done))
         self.queue.popleft()
-        parcel.point(parcel.host)
+        parcel.leave()
         self.run_ahead()
         self.clean = True
 
     def run_ahead(self) -> None:
         """Copy what is expected next, as long as there is room."""
-        following = self.following.get(self.queue[-1][0] if self.queue else self.last)
-        while following and following.host is not None and all(following is not parcel for parcel, *_ in self.queue):
-            if not self.copy(following):
+        ahead = self.following.get(self.queue[-1][0] if self.queue else self.last)
+        while ahead and ahead.host is not None and all(ahead is not parcel for parcel, *_ in self.queue):
+            if not self.copy(ahead):
                 return
-            following = self.following.get(following)
+            ahead = self.following.get(ahead)
+
+
+class StreamedBlock:
+    """What a streamed block does more. It surrounds the call, whatever compiles or wraps `forward`, before or after."""
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ring, parcel = self._streamed.ring, self._parcel
+        if parcel.host is None:
+            return super().__call__(*args, **kwargs)
+        try:
+            ring.take(parcel)
+            output = super().__call__(*args, **kwargs)
+            ring.give_back(parcel)
+            return output
+        except BaseException:  # Ctrl-C included
+            ring.reset()
+            raise
+
+
+@functools.cache
+def streamed_class(base: type) -> type:
+    """`StreamedBlock` before the class of a block, under the same name: torch's `fully_shard` does it in this way.
+
+    Blocks of a kind share the class, and with it their compiled code.
+    """
+    TransformerBlockRegistry._register()
+    new = type(base.__name__, (StreamedBlock, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    if base in TransformerBlockRegistry._registry:  # where caches such as FirstBlockCache look
+        TransformerBlockRegistry._registry[new] = TransformerBlockRegistry._registry[base]
+    return new
 
 
 class Streamed:
     """A model whose blocks come to the card when they are needed. `remove` makes it a plain model again."""
 
     def __init__(self, model: torch.nn.Module, ring: Ring, whole: bool = False) -> None:
-        self.model, self.ring, self.device = model, ring, ring.device
+        self.model, self.ring, self.device, self.count = model, ring, ring.device, 0
         if hasattr(model, "_streamed") or hasattr(model, "_hf_hook") or _is_group_offload_enabled(model):
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
         blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
@@ -217,7 +258,7 @@ class Streamed:
         if moving > psutil.virtual_memory().available / GB:
             raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters()))] = 0  # diffusers takes its device for that of the model
+        uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
@@ -226,44 +267,28 @@ class Streamed:
         self.rest = Parcel([tensor for tensor in everything if uses[id(tensor)] != 1], self.device)
         model._streamed, model._apply = self, self.apply
         inside = {module for block in blocks for module in block.modules()}
-        outside = [module for module in model.modules() if module not in inside]
-        # A hook on every module, because a VAE is entered by its decoder, not by a call.
+        outside = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
         self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in outside]
-        self.modules = 0
 
     def __reduce__(self) -> Any:
         raise TypeError("A streamed model cannot be copied or pickled: end that first with `remove()`.")
 
     @torch.compiler.disable
     def begin(self, module: torch.nn.Module, *arguments: Any) -> Any:
-        """Before a forward outside the blocks: bring the rest here, and send away that of another model.
-
-        Returns the arguments of the module, on the card.
-        """
+        """Before a forward outside the blocks: bring what is outside to the card. Returns the arguments, there too."""
         comes_and_goes = self.rest.host is not None
         if module is not self.model and (not comes_and_goes or self.ring.visitor is self):
-            return
+            return None
         if _is_group_offload_enabled(self.model):
             raise RuntimeError("Group offload was enabled for a streamed model: load it anew, and choose one of them.")
-        if (modules := sum(1 for _ in self.model.modules())) != self.modules:
+        count = sum(1 for _ in self.model.modules())
+        if count != self.count:  # a LoRA came; it is small, and stays
             known = {id(tensor) for parcel in (*self.parcels, self.rest) for tensor in parcel.tensors}
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
-                    tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
-            self.modules = modules
-        ring = self.ring
-        if not ring.clean:
-            ring.reset()
-        # What was copied ahead counts only if the card is still busy with the last forward. Otherwise there was time to
-        # change weights in place.
-        if ring.done is None or ring.done.query():
-            ring.queue.clear()
-        if ring.visitor not in (None, self):
-            ring.visitor.rest.point(ring.visitor.rest.host)
-            ring.visitor = None
-        if comes_and_goes and ring.visitor is None:
-            self.rest.visit()
-            ring.visitor = self
+                    tensor.data = tensor.data.to(self.device)
+            self.count = count
+        self.ring.begin(self if comes_and_goes else None)
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
 
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -300,66 +325,40 @@ class Streamed:
         del self.model._streamed, self.model._apply
 
 
-class StreamedBlock:
-    """What a streamed block does more. It surrounds the call, whatever compiles or wraps `forward`, before or after."""
-
-    @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ring, parcel = self._streamed.ring, self._parcel
-        if parcel.host is None:
-            return super().__call__(*args, **kwargs)
-        try:
-            ring.take(parcel)
-            output = super().__call__(*args, **kwargs)
-            ring.give_back(parcel)
-            return output
-        except BaseException:  # Ctrl-C included
-            ring.reset()
-            raise
-
-
-@functools.cache
-def streamed_class(base: type) -> type:
-    """`StreamedBlock` before the class of a block, under the same name, as torch's `fully_shard` does it.
-
-    Blocks of a kind share it, as they share compiled code.
-    """
-    TransformerBlockRegistry._register()
-    new = type(base.__name__, (StreamedBlock, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
-    if base in TransformerBlockRegistry._registry:  # where caches such as FirstBlockCache look
-        TransformerBlockRegistry._registry[new] = TransformerBlockRegistry._registry[base]
-    return new
-
-
 def find_device(device: torch.device | str | None) -> torch.device:
     """The device with its number; without one, the accelerator, or the CPU."""
     return torch.empty(0, device=device or torch.accelerator.current_accelerator() or "cpu").device
 
 
 def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device | str | None = None) -> Streamed:
-    """Let the repeated blocks of a model take `budget_gb` of the card, and the rest of it stay there.
+    """Let the repeated blocks of a model take `budget_gb` of the card; the rest of the model stays there.
 
-    Up to twice the largest block is the ring; what the budget has beyond that are blocks that stay, evenly spread.
+    A small part of the budget is the ring. What is left are blocks that stay, evenly spread over the model.
 
     Raises:
         ValueError: no repeated blocks, a budget below the largest block, or a model that is offloaded already.
         MemoryError: too little host memory.
     """
-    sizes = [sum(map(aligned, tensors_of(block))) for block in find_blocks(model)]
-    if not sizes:
+    if not find_blocks(model):
         raise ValueError(f"A {type(model).__name__} has no repeated blocks to stream.")
-    budget, largest = budget_gb * GB, max(sizes)
-    if budget < largest:
-        raise ValueError(f"The largest block takes {largest / GB:.4f} GB: give at least that, and better twice that.")
-    streamed = Streamed(model, Ring(find_device(device)))
+    streamed, budget = Streamed(model, Ring(find_device(device))), budget_gb * GB
+    sizes = [parcel.bytes for parcel in streamed.parcels]
+    if budget < max(sizes):
+        streamed.remove()
+        raise ValueError(
+            f"The largest block takes {max(sizes) / GB:.4f} GB: give at least that, and better twice that."
+        )
     streamed.rest.stay()
-    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, 2 * largest))
+    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes)))
     streamed.keep(budget - streamed.ring.size)
     return streamed
 
 
 class Filled:
-    """A pipeline within a limit. `print` it to read what was decided and why; `remove` makes it a plain pipeline."""
+    """A pipeline within a limit. `print` it to read what was decided and why; `remove` makes it a plain pipeline.
+
+    `least_gb` is what a call would reserve with every block streamed, `expected_gb` what it will reserve.
+    """
 
     def __init__(self) -> None:
         self.parts, self.reasons, self.tiled_vae, self.least_gb, self.expected_gb = {}, [], None, 0.0, 0.0
@@ -372,7 +371,7 @@ class Filled:
         for streamed in self.parts.values():
             if hasattr(streamed.model, "_streamed"):
                 streamed.remove()
-        if self.tiled_vae is not None:
+        if self.tiled_vae:
             self.tiled_vae.disable_tiling()
 
 
@@ -408,21 +407,29 @@ def fill_card(
 def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: float | None, call: dict) -> None:
     """Decide what stays, comes and goes, or is streamed."""
     parts, on_gpu = filled.parts, ring.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     others = torch.cuda.memory_reserved(ring.device) if on_gpu else 0
     free = torch.cuda.mem_get_info(ring.device)[0] if on_gpu else psutil.virtual_memory().available
     limit = free if limit_gb is None else limit_gb * GB
-    # What runs at each step; the rest of the pipeline runs once: text encoders before, the VAE after.
+    # What runs at each step. The others run once: text encoders before the steps, the VAE after them.
     steps = [name for name, s in parts.items() if isinstance(s.model, ModelMixin) and not hasattr(s.model, "decode")]
     held = sum(parts[name].rest.stay() for name in steps)
-    ring.size = 2 * max((parcel.bytes for s in parts.values() for parcel in s.parcels), default=0)
+    ring.size = RING * max((parcel.bytes for s in parts.values() for parcel in s.parcels), default=0)
 
     def measure() -> float:
-        return _highest_reserved(pipeline, call, ring.device) - others if on_gpu else held + ring.size
+        if not on_gpu:
+            return held + ring.size
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(ring.device)
+        one_step = {key: value for key, value in call.items() if key not in ("generator", "sigmas", "timesteps")}
+        try:
+            with torch.random.fork_rng([ring.device]):
+                pipeline(**one_step | {"num_inference_steps": 1})
+        except torch.OutOfMemoryError:
+            return float("inf")
+        return torch.cuda.max_memory_reserved(ring.device) - others
 
-    peak, vae = measure(), getattr(pipeline, "vae", None)
-    tiling = "in one piece"
+    peak, vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
     if peak > limit and hasattr(vae, "enable_tiling") and not vae.use_tiling:
         tiling = f"in tiles, because the whole picture takes the call to {peak / GB:.2f} GB"
         filled.tiled_vae = vae
@@ -433,6 +440,7 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
             f"A call takes {peak / GB:.2f} GB of the card with every block streamed, and the limit is "
             f"{limit / GB:.2f} GB: draw smaller, or give more."
         )
+    ring.begin(None)
     room = limit - peak
     for names in (steps, [name for name in parts if name not in steps]):
         total = sum(parcel.bytes for name in names for parcel in parts[name].parcels)
@@ -454,16 +462,3 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
         f"Expected: {filled.expected_gb:.2f} GB of {limit / GB:.2f} GB. With every block streamed, one step took "
         f"{peak / GB:.2f} GB, of which {(held + ring.size) / GB:.2f} GB are weights that are always there."
     )
-
-
-def _highest_reserved(pipeline: DiffusionPipeline, call: dict, device: torch.device) -> float:
-    """Highest reserved bytes of a call with one step; infinite if the card has too little."""
-    call = {name: value for name, value in call.items() if name not in ("generator", "sigmas", "timesteps")}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        with torch.random.fork_rng([device]):
-            pipeline(**call | {"num_inference_steps": 1})
-    except torch.OutOfMemoryError:
-        return float("inf")
-    return torch.cuda.max_memory_reserved(device)
