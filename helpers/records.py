@@ -1,16 +1,14 @@
-"""A measurement as a record: its fields, JSON files of records, where and with what they were measured."""
+"""A measurement as a record: its fields, tables of records, where and with what they were measured."""
 
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import files
 from helpers.checkpoints import Checkpoint
 from helpers.devices import GB, component_footprints, environment
-from helpers.errors import TutorialError
 from helpers.measure import Load, Run
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ class Measurement:
     repeats: int | None = None
     date: str | None = None
     warmups: int | None = None
-    latencies_s: tuple[float, ...] | None = None
+    latencies_s: list[float] | None = None
     call: dict[str, Any] | None = None
     distance: float | None = None
     failure: str | None = None
@@ -87,25 +85,6 @@ class Measurement:
         """Width x height in pixels."""
         return f"{self.width}x{self.height}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Measurement":
-        """The reverse of `to_dict`.
-
-        Raises:
-            TutorialError: a field is unknown, or `name` is missing.
-        """
-        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
-        if unknown or "name" not in values:
-            problem = f"has unknown fields ({', '.join(unknown)})" if unknown else "has no field name"
-            raise TutorialError(f"A recorded measurement {problem}: measure it again with this version of the lessons.")
-        if values.get("latencies_s") is not None:
-            values = values | {"latencies_s": tuple(values["latencies_s"])}  # JSON has no tuples
-        return cls(**values)
-
 
 def measurement(
     name: str,
@@ -120,7 +99,6 @@ def measurement(
     `pipeline` gives `footprint_gb`. `changes` are fields that differ from the checkpoint's, such as `steps=4`.
     """
     values: dict[str, Any] = {
-        "name": name,
         **environment(),
         "model": checkpoint.model,
         "checkpoint_size": checkpoint.size,
@@ -131,59 +109,27 @@ def measurement(
         "seed": checkpoint.seed,
         "call": checkpoint.call_arguments,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "host_peak_gb": max((part.host_peak_gb for part in (load, run) if part is not None), default=None),
     }
     if load is not None:
         values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
     if run is not None:
-        names = ("first_call_s", "latency_s", "step_ms", "run_peak_gb")
-        values |= {entry: getattr(run, entry) for entry in names}
-        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": run.latencies}
-    values["host_peak_gb"] = max((part.host_peak_gb for part in (load, run) if part is not None), default=None)
+        values |= {field: getattr(run, field) for field in ("first_call_s", "latency_s", "step_ms", "run_peak_gb")}
+        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": list(run.latencies)}
     if pipeline is not None:
         values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
-    return Measurement(**(values | changes))
-
-
-def save_measurements(
-    measurements: Sequence[Measurement], path: str | Path, new: Sequence[Measurement] | None = None
-) -> None:
-    """Write measurements to a JSON file, one object each; `new` as in `write_json`.
-
-    Raises:
-        TutorialError: the file cannot be written.
-    """
-    write_json(
-        [entry.to_dict() for entry in measurements], path, None if new is None else [row.to_dict() for row in new]
-    )
-
-
-def write_json(content: Any, path: str | Path, new: Any | None = None, indent: int | None = 2) -> None:
-    """Write a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was.
-
-    Nothing measured is lost: where the file cannot be written, `new`, or all of the content, is printed.
-
-    Raises:
-        TutorialError: the file cannot be written.
-    """
-    try:
-        files.write_text(path, json.dumps(content, indent=indent) + "\n")
-    except TutorialError:
-        print(json.dumps(content if new is None else new), flush=True)
-        raise
+    return Measurement(name, **(values | changes))
 
 
 def load_measurements(path: str | Path) -> list[Measurement]:
-    """Read what `save_measurements` wrote."""
-    return [Measurement.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+    """Read the measurements in a JSON file. Raises TypeError if one has other fields, as from an older version."""
+    return [Measurement(**values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
 
 
 def with_distances(measurements: Sequence[Measurement], path: str | Path) -> list[Measurement]:
-    """The measurements, each with the `distance` of the row of its name in another file.
+    """The measurements, each with the `distance` of the row of its name in another file; KeyError if it has none.
 
     For random weights, whose pictures are noise: the distance is that of the pocket model's picture.
-
-    Raises:
-        KeyError: the file has no row of that name.
     """
     distances = {entry.name: entry.distance for entry in load_measurements(path)}
     return [replace(entry, distance=distances[entry.name]) for entry in measurements]
@@ -218,14 +164,14 @@ def _texts(values: Sequence[Any], digits: int) -> list[str]:
     words = {None: MISSING, True: "yes", False: "no"}
     numbers = [entry for entry in values if isinstance(entry, (int, float)) and not isinstance(entry, bool)]
     whole = all(isinstance(entry, int) for entry in numbers)
-    places = 0 if whole else decimals(max(abs(entry) for entry in numbers), digits)
-    texts = []
-    for entry in values:
+    places = 0 if whole else decimals(max(map(abs, numbers)), digits)
+
+    def text(entry: Any) -> str:
         if entry is None or isinstance(entry, bool):
-            texts.append(words[entry])
-        else:
-            texts.append(f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry))
-    return texts
+            return words[entry]
+        return f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry)
+
+    return [text(entry) for entry in values]
 
 
 def decimals(number: float, digits: int = 3) -> int:

@@ -23,7 +23,7 @@ def allocate(gigabytes: float):
 @pytest.mark.parametrize("kernel_keeps_peak", [True, False])
 def test_host_peak_is_that_of_the_block(kernel_keeps_peak, monkeypatch):
     if not kernel_keeps_peak:  # as on macOS and Windows
-        monkeypatch.setattr(measure._HostPeak, "_read_kernel_peak", lambda self: {}["VmHWM"])
+        monkeypatch.setattr(measure, "_kernel_peak_gb", lambda: {}["VmHWM"])
     # So large that filling it takes longer than the thread sleeps.
     low_before = measure.measure_load(lambda: allocate(0.001))[1].host_peak_gb
     pipeline, load = measure.measure_load(lambda: allocate(0.4))
