@@ -160,11 +160,6 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
             size="given",
             path=find_given(args.checkpoint),
             prompts=(PROMPT,),
-            height=None,
-            width=None,
-            num_inference_steps=None,
-            max_sequence_length=None,
-            guidance_scale=None,
         )
     asked = {name: getattr(args, name.removeprefix("num_").replace("inference_", "")) for name in SETTINGS}
     if args.prompt:

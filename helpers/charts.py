@@ -51,6 +51,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Names on the left, the first one on top, and lines to read the values by."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -82,7 +83,7 @@ def latency_memory_chart(
                 xytext=(1.03, height),
                 textcoords=axes.get_yaxis_transform(),
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": _colour(index), "lw": 0.7, "shrinkB": 5},
+                arrowprops={"arrowstyle": "-", "color": _colour(index), "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
             )
         # Both axes from zero, so that distances are honest.
         axes.set(xlabel=memory_label, ylabel="latency of one call (s)", title=title)

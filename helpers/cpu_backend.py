@@ -5,7 +5,6 @@ load a 4-bit model without a GPU. `enable` puts a subclass that accepts the CPU 
 transformers likewise, looks up its quantizers. With a GPU it changes nothing.
 """
 
-import subprocess
 from typing import Any
 
 import torch
@@ -97,25 +96,18 @@ def fix_sequential_offload(pipeline: Any) -> None:
 def check_compiler() -> None:
     """Check that torch.compile will find a C++ compiler, which it needs on a CPU and not on a GPU.
 
-    It looks where TorchInductor looks: `torch._inductor.config.cpp.cxx`, which is `CXX` if that is set, else g++
-    (https://docs.pytorch.org/docs/stable/torch.compiler_faq.html).
-
-    Raises:
-        TutorialError: there is none.
+    TorchInductor itself looks: for the compiler that the environment variable CXX names, else for g++
+    (https://docs.pytorch.org/docs/stable/torch.compiler_faq.html). Raises TutorialError if there is none.
     """
     if has_gpu():
         return
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
-    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else [config.cpp.cxx]
-    names = [name for name in candidates if name is not None]  # None stands for an optional download from conda
-    for name in names:
-        try:
-            subprocess.run([name, "--version"], capture_output=True, check=True)
-            return
-        except (OSError, subprocess.SubprocessError):
-            continue
-    raise TutorialError(
-        f"torch.compile on a CPU needs a C++ compiler and {' or '.join(names)} was not found: install one with "
-        "`sudo apt install g++`, or set the environment variable CXX to yours, and restart the kernel."
-    )
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (RuntimeError, OSError):
+        name = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]  # the first is one from conda
+        raise TutorialError(
+            f"torch.compile on a CPU needs a C++ compiler and {name} was not found: install one with "
+            "`sudo apt install g++`, or set the environment variable CXX to yours, and restart the kernel."
+        ) from None

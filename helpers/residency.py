@@ -1,10 +1,12 @@
 """When each component of a pipeline is on the accelerator."""
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.hooks import CpuOffload
@@ -39,41 +41,42 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.events: list[Residency] = []
+        self.last: dict[str, Residency] = {}  # by component
+        self.held: dict[str, dict[int, int]] = collections.defaultdict(dict)  # component -> piece -> bytes
         self.start = time.perf_counter()
-        self.held: dict[str, dict[int, int]] = {}  # component -> piece -> bytes
 
     def now(self) -> float:
         return time.perf_counter() - self.start
 
+    def begin(self, component: str, seconds: float) -> None:
+        self.last[component] = Residency(component, seconds, seconds, 0, 0, 0)
+        self.events.append(self.last[component])
+
     def already_there(self, component: str, piece: int, size: int) -> None:
-        self.held[component] = {piece: size}
-        self.events.append(Residency(component, 0.0, 0.0, size, 0, 0))
+        self.begin(component, 0.0)
+        self.held[component][piece] = self.last[component].bytes = size
 
     def onload(self, component: str, piece: int, size: int, whole: bool = False) -> None:
-        held = self.held.setdefault(component, {})
+        held = self.held[component]
         if piece in held:
             return
         # Pieces of one component that come and go, with no other component in between, are one stay.
         if not held and (whole or not self.events or self.events[-1].component != component):
-            self.events.append(Residency(component, self.now(), self.now(), 0, 0, 0))
+            self.begin(component, self.now())
         held[piece] = size
-        event = self.last(component)
+        event = self.last[component]
         event.bytes = max(event.bytes, sum(held.values()))
         event.moved_bytes += size
         event.onloads += 1
 
     def offload(self, component: str, piece: int) -> None:
-        if self.held.get(component, {}).pop(piece, None) is not None:
-            self.last(component).offload_s = self.now()
-
-    def last(self, component: str) -> Residency:
-        return next(event for event in reversed(self.events) if event.component == component)
+        if self.held[component].pop(piece, None) is not None:
+            self.last[component].offload_s = self.now()
 
     def finish(self) -> None:
         end = self.now()
-        for component, held in self.held.items():
-            if held:
-                self.last(component).offload_s = end
+        for component in [name for name, held in self.held.items() if held]:
+            self.last[component].offload_s = end
 
 
 @contextlib.contextmanager
@@ -82,43 +85,42 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
 
     Yields a list that holds, once the block is left, one `Residency` per stay, in order of onloading. It watches the
     hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and `AlignDevicesHook`
-    (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). So on a machine with no
-    accelerator, where the same hooks copy nothing, order and bytes are those of a machine that has one. A component
-    with no such hook stays from the beginning to the end, unless somebody moves it.
+    (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). On a machine with no accelerator
+    the same hooks copy nothing: order and bytes are those of a machine that has one, and what model offload moves
+    counts as away when the block begins. A component with no such hook stays all the time, unless somebody moves it.
 
     The hooks belong to the components: another pipeline that shares them may have put them there, or be the one that is
     called. What leaves only when that other pipeline says so stays until then.
 
-    Turn offloading on before the block. On a machine with no accelerator, what model offload moves counts as away when
-    the block begins. The times are those of the host: a copy that is asynchronous is over later. Record an eager
-    pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
+    Turn offloading on before the block. The times are those of the host: a copy that is asynchronous is over later.
+    Record an eager pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
 
-    Raises:
-        TutorialError: model offload moves some components and leaves one out, of which a CPU does not tell where it is;
-            or a component was replaced, or its offloading changed, inside the block.
+    Raises TutorialError if a component was replaced, or its offloading changed, inside the block; or if model offload
+    moves some components and leaves one out, of which a CPU does not tell where it is.
     """
-    components = component_modules(pipeline)
     names: dict[int, str] = {}  # a component that has two names in the pipeline is there once, by the first
-    for name, module in components.items():
+    for name, module in component_modules(pipeline).items():
         names.setdefault(id(module), name)
-    sizes = {name: sum(footprint(components[name]).values()) for name in names.values()}
-    pieces = {name: list(_pieces(components[name])) for name in names.values()}
-    hooked = {name for name in names.values() if is_model_offloaded(components[name])}
+    modules = {name: pipeline.components[name] for name in names.values()}
+    sizes = {name: sum(footprint(module).values()) for name, module in modules.items()}
+    pieces = {name: list(_pieces(module)) for name, module in modules.items()}
+    hooked = {name for name, module in modules.items() if is_model_offloaded(module)}
     placements = _placements(pipeline)
     has_accelerator = accelerator().type != "cpu"
-    left_out = set(names.values()) - hooked - {name for name in pieces if pieces[name]}
-    lost = sorted(left_out - set(getattr(pipeline, "_exclude_from_cpu_offload", ())))
+    kept = getattr(pipeline, "_exclude_from_cpu_offload", ())
+    lost = [name for name in modules if name not in hooked and name not in kept and not pieces[name]]
     if hooked and lost and not has_accelerator:
         raise TutorialError(
             f"Model offload does not move the {lost[0]}, which came to the pipeline later: call "
             "pipeline.enable_model_cpu_offload() once more, then record."
         )
     recorder = _Recorder()
-    undo: list[Callable[[], None]] = []
+    stack = contextlib.ExitStack()
+    stack.callback(recorder.finish)
 
     def watch(target: Any, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
         """Until the end, call `before` and `after` with the arguments of a method of this one object or class."""
-        original, is_class = getattr(target, method), isinstance(target, type)
+        original = getattr(target, method)
 
         @torch.compiler.disable  # as the hooks themselves are: never traced
         def wrapper(*args, **kwargs):
@@ -129,8 +131,7 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
                 after(*args, **kwargs)
             return result
 
-        setattr(target, method, wrapper)
-        undo.append(lambda: setattr(target, method, original) if is_class else vars(target).pop(method, None))
+        stack.enter_context(mock.patch.object(target, method, wrapper))
 
     def come(module: torch.nn.Module) -> None:
         if id(module) in names:
@@ -160,22 +161,16 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     # is called `to` away from a module.
     watch(CpuOffload, "pre_forward", before=before_forward)
     watch(torch.nn.Module, "to", after=moved)
-    for name in sizes:
-        module = components[name]
+    for name, module in modules.items():
         for target, onload, offload, size in pieces[name]:
             piece = (name, id(target), size)
             watch(target, onload, before=lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
             watch(target, offload, after=lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
-        if not pieces[name]:
-            is_there = _device(module).type == accelerator().type
-            if is_there and (has_accelerator or name not in hooked):
+        if not pieces[name] and _device(module).type == accelerator().type:
+            if has_accelerator or name not in hooked:
                 recorder.already_there(name, id(module), sizes[name])
-    try:
+    with stack:
         yield recorder.events
-    finally:
-        for step in reversed(undo):
-            step()
-        recorder.finish()
     changed = sorted(name for name, state in _placements(pipeline).items() if placements.get(name) != state)
     if changed:
         raise TutorialError(
