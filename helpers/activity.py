@@ -15,12 +15,7 @@ KINDS = ("copy to the accelerator", "compute", "copy back")
 
 @dataclass(frozen=True)
 class Activity:
-    """One copy or one kernel.
-
-    Attributes:
-        kind: one of `KINDS`.
-        start_ms, end_ms: milliseconds since the first activity of the recording.
-    """
+    """One copy or one kernel, of a kind of `KINDS`; times are milliseconds since the recording's first activity."""
 
     kind: str
     start_ms: float
@@ -51,14 +46,9 @@ def record_activity(function: Callable[[], Any]) -> list[Activity]:
 
 
 def _kind(name: str) -> str | None:
-    """Kind of an activity by the profiler's name for it; None for what is neither copy nor compute."""
-    if name.startswith("Memcpy HtoD"):
-        return "copy to the accelerator"
-    if name.startswith("Memcpy DtoH"):
-        return "copy back"
-    if name.startswith(("Memcpy", "Memset")):
-        return None  # inside of the accelerator
-    return "compute"
+    """Kind of an activity by the profiler's name for it; None for copies inside of the accelerator."""
+    kinds = {"Memcpy HtoD": KINDS[0], "Memcpy DtoH": KINDS[2], "Memcpy": None, "Memset": None, "": "compute"}
+    return next(kind for start, kind in kinds.items() if name.startswith(start))
 
 
 def busy_ms(activities: Sequence[Activity], *kinds: str) -> float:

@@ -19,7 +19,6 @@ from helpers.activity import KINDS, Activity
 from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -27,6 +26,7 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
 }
 
 
@@ -37,10 +37,6 @@ def _drawing(rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple
         figure, axes = plt.subplots(rows, columns, layout="constrained", **settings)
         yield figure, axes
     plt.close(figure)
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
 
 
 def _short(number: float) -> str:
@@ -74,7 +70,7 @@ def latency_memory_chart(
         right, top = np.max(points, axis=0)
         height = -np.inf
         for index in sorted(range(len(points)), key=lambda index: points[index][1]):
-            axes.scatter(*points[index], s=70, color=_colour(index), zorder=3)
+            axes.scatter(*points[index], s=70, color=f"C{index}", zorder=3)
             # The names are a column beside the axes: each at the height of its point, or above the one below.
             height = max(points[index][1], height + 0.08 * top)
             axes.annotate(
@@ -83,7 +79,7 @@ def latency_memory_chart(
                 xytext=(1.03, height),
                 textcoords=axes.get_yaxis_transform(),
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": _colour(index), "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
+                arrowprops={"arrowstyle": "-", "color": f"C{index}", "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
             )
         # Both axes from zero, so that distances are honest.
         axes.set(xlabel=memory_label, ylabel="latency of one call (s)", title=title)
@@ -104,24 +100,23 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
     label = {"latency_s": "latency of one call (s)", "step_ms": "one denoising step (ms)"}[figure]
     on_card = any(entry.peak_gb is not None for entry in measurements)
     peaks = {"load_peak_gb": "while loading", "run_peak_gb": "while running"} if on_card else {"host_peak_gb": "host"}
-    rows = np.arange(len(measurements))
+    rows, height = np.arange(len(measurements)), 0.7 / len(peaks)
     size = (10, 0.34 * len(measurements) + 1.5)
     with _drawing(1, 2, figsize=size, sharey=True) as (drawing, (left, right)):
-        bars = left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6, color=COLOURS[0])
-        left.bar_label(bars, [_short(getattr(entry, figure)) for entry in measurements], padding=3)
-        for index, (peak, name) in enumerate(peaks.items()):
+        left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6)
+        for index, (peak, name) in enumerate(peaks.items(), start=1):
+            place = rows + height * (index - (len(peaks) + 1) / 2)
             values = [getattr(entry, peak) or 0.0 for entry in measurements]
-            height = 0.7 / len(peaks)
-            shift = (index - (len(peaks) - 1) / 2) * height
-            bars = right.barh(rows + shift, values, height=height, color=COLOURS[1 + index], label=name)
-            right.bar_label(bars, [f"{peak:.1f}" for peak in values], padding=3, fontsize=8)
+            right.barh(place, values, height=height, color=f"C{index}", label=name)
+        for axes, settings in ((left, {"fmt": _short}), (right, {"fmt": "{:.1f}", "fontsize": 8})):
+            for bars in axes.containers:
+                axes.bar_label(bars, padding=3, **settings)
+            _name_rows(axes, [entry.name for entry in measurements])
+            axes.margins(x=0.15)
         left.set(xlabel=label, title=title)
         right.set(xlabel="accelerator memory (GB)" if on_card else "host memory (GB)")
         if on_card:
             drawing.legend(loc="outside lower right", ncols=2, fontsize=9, frameon=False)  # over no bar
-        for axes in (left, right):
-            _name_rows(axes, [entry.name for entry in measurements])
-            axes.margins(x=0.15)
     return drawing
 
 
@@ -163,7 +158,7 @@ def weight_histogram(weights: Mapping[str, Any], title: str = "", bins: int = 20
     size = (7, 1.8 * len(arrays) + 0.4)
     with _drawing(len(arrays), figsize=size, sharex=True, squeeze=False) as (figure, axes):
         for index, (axis, name, array) in enumerate(zip(axes[:, 0], weights, arrays, strict=True)):
-            axis.hist(array, bins=bins, range=(-edge, edge), color=_colour(index))
+            axis.hist(array, bins=bins, range=(-edge, edge), color=f"C{index}")
             axis.set_ylabel(name)
         axes[0, 0].set_title(title)
         axes[-1, 0].set_xlabel("value of the weight")
@@ -185,7 +180,7 @@ def residency_timeline(events: Sequence[Residency], title: str = "", unit: str =
     lengths = [max(event.offload_s - event.onload_s, end / 400) for event in events]
     with _drawing(figsize=(8, 0.55 * len(names) + 1.3)) as (figure, axes):
         starts = [event.onload_s for event in events]
-        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[_colour(row) for row in rows])
+        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[f"C{row}" for row in rows])
         axes.bar_label(bars, [f"{_short(event.bytes / scale)} {unit}" for event in events], padding=3, fontsize=9)
         _name_rows(axes, names)
         axes.set(xlabel="time since the call began (s)", title=title, xlim=(0, 1.15 * end))  # room for the last label
@@ -210,7 +205,7 @@ def activity_timeline(
             rows.append("")  # the line of the name, above the lanes
             for index, kind in enumerate(KINDS):
                 spans = [(entry.start_ms, entry.end_ms - entry.start_ms) for entry in entries if entry.kind == kind]
-                axes.broken_barh(spans, (len(rows) - 0.4, 0.8), color=COLOURS[index], lw=0)
+                axes.broken_barh(spans, (len(rows) - 0.4, 0.8), color=f"C{index}", lw=0)
                 rows.append(kind)
         _name_rows(axes, rows)
         axes.set(xlabel="time (ms)", title=title, xlim=(start_ms, end_ms))

@@ -5,6 +5,7 @@ allocator, and None on a machine with no accelerator. The host figure is the res
 """
 
 import contextlib
+import itertools
 import statistics
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -80,11 +82,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """What running took. Fields as in `Measurement`, besides all latencies, and what the last call returned."""
+    """What running took, and what the last call returned. Other fields as in `Measurement`."""
 
     first_call_s: float
     latency_s: float
-    latencies: tuple[float, ...]
+    latencies_s: list[float]
     step_ms: float | None
     run_peak_gb: float | None
     host_peak_gb: float
@@ -112,7 +114,7 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
     """
     if repeats < 1:
         raise ValueError("repeats must be at least 1")
-    seconds = []
+    seconds: list[float] = []
     steps: list[float] = []
     with _peaks() as peaks:
         for index in range(1 + warmups + repeats):
@@ -124,11 +126,10 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
                 seconds.append(time.perf_counter() - start)
             if index > warmups:
                 steps += interval_ms
-    latencies = tuple(seconds[1 + warmups :])
     return Run(
         first_call_s=seconds[0],
-        latency_s=statistics.median(latencies),
-        latencies=latencies,
+        latency_s=statistics.median(seconds[1 + warmups :]),
+        latencies_s=seconds[1 + warmups :],
         step_ms=statistics.median(steps) if steps else None,
         run_peak_gb=peaks["accelerator"],
         host_peak_gb=peaks["host"],
@@ -178,11 +179,8 @@ def _record_steps(pipeline: Any | None) -> Iterator[list[float]]:
         bar.update = update_and_mark
         return bar
 
-    pipeline.progress_bar = progress_bar
-    try:
+    with mock.patch.object(pipeline, "progress_bar", progress_bar):
         yield intervals
-    finally:
-        del pipeline.progress_bar
-        synchronize()
-        for earlier, later in zip(marks, marks[1:], strict=False):
-            intervals.append((later - earlier) * 1e3 if device.type == "cpu" else earlier.elapsed_time(later))
+    synchronize()
+    for earlier, later in itertools.pairwise(marks):
+        intervals.append((later - earlier) * 1e3 if device.type == "cpu" else earlier.elapsed_time(later))

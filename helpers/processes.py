@@ -84,28 +84,21 @@ def measure_in_fresh_process(
 
     def load_and_run() -> Measurement:
         cpu_backend.enable()
-        return _load_and_run(lambda: load(**(arguments or {})), checkpoint, name, repeats, warmups, picture)
+        loaded, load_figures = measure_load(lambda: load(**(arguments or {})))
+        pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
+        pipeline.set_progress_bar_config(disable=True)
+        call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
+
+        def draw() -> Any:
+            return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
+
+        run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
+        drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
+        drawn["steps"] = call.get("num_inference_steps")
+        drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
+        return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
 
     return run_in_fresh_process(load_and_run, timeout_s=timeout_s, name=name)
-
-
-def _load_and_run(
-    load: Callable[[], Any], checkpoint: Checkpoint, name: str, repeats: int, warmups: int, picture: Path | None
-) -> Measurement:
-    """What `measure_in_fresh_process` does in the other process."""
-    loaded, load_figures = measure_load(load)
-    pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
-    pipeline.set_progress_bar_config(disable=True)
-    call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
-
-    def draw() -> Any:
-        return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
-
-    run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
-    drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
-    drawn["steps"] = call.get("num_inference_steps")
-    drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
-    return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
 
 
 def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | None]:

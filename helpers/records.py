@@ -19,34 +19,18 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One configuration, measured. What a table shows is a field here.
+    """One configuration, measured. What a table shows is a field here."""
 
-    Attributes:
-        name: what was combined, such as "nf4 + compile".
-        load_s: from_pretrained until ready.
-        first_call_s: the first call, compilation included.
-        latency_s: median of the later calls.
-        step_ms: median denoising step.
-        load_peak_gb, run_peak_gb: highest allocated accelerator memory while loading, while running; None on a CPU.
-        host_peak_gb: highest resident host memory, loading and running.
-        footprint_gb: bytes of all weights, wherever they are.
-        device to date: where, with what and on what this was measured.
-        warmups, latencies_s: calls after the first that count for nothing; seconds of each of the `repeats` after them.
-        call: what the pipeline was called with: the prompt, and the settings that were not left to it.
-        distance: `helpers.quality` distance of its picture to the one that it is compared with, in levels of 0 to 255.
-        failure: why there are no figures, in one sentence; None if it ran.
-        source: where a figure that was not measured here is published.
-    """
-
-    name: str
-    load_s: float | None = None
-    first_call_s: float | None = None
-    latency_s: float | None = None
-    step_ms: float | None = None
-    load_peak_gb: float | None = None
-    run_peak_gb: float | None = None
-    host_peak_gb: float | None = None
-    footprint_gb: float | None = None
+    name: str  # what was combined, such as "nf4 + compile"
+    load_s: float | None = None  # from_pretrained until ready
+    first_call_s: float | None = None  # the first call, compilation included
+    latency_s: float | None = None  # median of the later calls
+    step_ms: float | None = None  # median denoising step
+    load_peak_gb: float | None = None  # highest allocated accelerator memory while loading; None on a CPU
+    run_peak_gb: float | None = None  # the same while running
+    host_peak_gb: float | None = None  # highest resident host memory, loading and running
+    footprint_gb: float | None = None  # bytes of all weights, wherever they are
+    # Where, with what and on what this was measured.
     device: str | None = None
     driver: str | None = None
     torch: str | None = None
@@ -62,12 +46,12 @@ class Measurement:
     seed: int | None = None
     repeats: int | None = None
     date: str | None = None
-    warmups: int | None = None
-    latencies_s: list[float] | None = None
-    call: dict[str, Any] | None = None
-    distance: float | None = None
-    failure: str | None = None
-    source: str | None = None
+    warmups: int | None = None  # calls after the first that count for nothing
+    latencies_s: list[float] | None = None  # of each of the `repeats` after them
+    call: dict[str, Any] | None = None  # what the pipeline was called with, where that was not left to it
+    distance: float | None = None  # of its picture to another, by `helpers.quality`, in levels of 0 to 255
+    failure: str | None = None  # why there are no figures, in one sentence; None if it ran
+    source: str | None = None  # where a figure that was not measured here is published
 
     @property
     def peak_gb(self) -> float | None:
@@ -79,11 +63,6 @@ class Measurement:
     def spread_s(self) -> float | None:
         """The slowest of the later calls less the fastest."""
         return max(self.latencies_s) - min(self.latencies_s) if self.latencies_s else None
-
-    @property
-    def resolution(self) -> str:
-        """Width x height in pixels."""
-        return f"{self.width}x{self.height}"
 
 
 def measurement(
@@ -114,8 +93,8 @@ def measurement(
     if load is not None:
         values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
     if run is not None:
-        values |= {field: getattr(run, field) for field in ("first_call_s", "latency_s", "step_ms", "run_peak_gb")}
-        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": list(run.latencies)}
+        values |= {field: content for field, content in vars(run).items() if field not in ("output", "host_peak_gb")}
+        values["repeats"] = len(run.latencies_s)
     if pipeline is not None:
         values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
     return Measurement(name, **(values | changes))
@@ -138,11 +117,11 @@ def with_distances(measurements: Sequence[Measurement], path: str | Path) -> lis
 def provenance(measurements: Sequence[Measurement]) -> str:
     """Where, with what, on what and when these were measured, in one line. All but the dates are those of the first."""
     first = measurements[0]
-    drawn = first.resolution if first.frames is None else f"{first.frames} frames of {first.resolution}"
+    drawn = "" if first.frames is None else f"{first.frames} frames of "
     repeats = "1 repeat" if first.repeats == 1 else f"{first.repeats} repeats"
     dates = sorted({entry.date for entry in measurements})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{first.device}, torch {first.torch}, {drawn}, {first.steps} steps, {repeats}, {when}"
+    return f"{first.device}, torch {first.torch}, {drawn}{first.width}x{first.height}, {first.steps} steps, {repeats}, {when}"
 
 
 def table(rows: Sequence[Any], columns: Sequence[str], digits: int = 3) -> "pandas.DataFrame":

@@ -17,23 +17,14 @@ from helpers.errors import TutorialError
 
 @dataclass
 class Residency:
-    """One stay of a component on the accelerator.
+    """One stay of a component on the accelerator; times are seconds since the recording began."""
 
-    Attributes:
-        component: its name in the pipeline.
-        onload_s, offload_s: seconds since the recording began, when its first weight came and its last one left (or the
-            recording ended).
-        bytes: most bytes of it there at once.
-        moved_bytes: bytes copied there in all. Larger than `bytes` where pieces come and go, once for each step.
-        onloads: number of those copies.
-    """
-
-    component: str
-    onload_s: float
-    offload_s: float
-    bytes: int
-    moved_bytes: int
-    onloads: int
+    component: str  # its name in the pipeline
+    onload_s: float  # when its first weight came
+    offload_s: float  # when its last one left, or the recording ended
+    bytes: int  # most of it there at once
+    moved_bytes: int  # copied there in all: more than `bytes` where pieces come and go, once for each step
+    onloads: int  # number of those copies
 
 
 class _Recorder:

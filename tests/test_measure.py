@@ -53,7 +53,7 @@ def test_first_call_and_warmups_do_not_count_in_the_latency():
         return len(calls)
 
     run = measure.measure_run(call, repeats=3, warmups=1)
-    assert len(calls) == 5 and run.output == 5 and len(run.latencies) == 3
+    assert len(calls) == 5 and run.output == 5 and len(run.latencies_s) == 3
     assert 0.3 <= run.first_call_s < 0.5
     assert 0.02 <= run.latency_s < 0.09  # the median of 10, 300 and 20 ms
     assert run.step_ms is None

@@ -12,12 +12,12 @@ from helpers.records import Measurement
 
 def test_measurement_says_what_where_and_on_what(bf16_pipeline):
     load = measure.Load(load_s=1.0, load_peak_gb=12.0, host_peak_gb=30.0)
-    run = measure.Run(9.0, 5.0, (5.0, 4.0, 6.0), 150.0, 14.0, 20.0, None)
+    run = measure.Run(9.0, 5.0, [5.0, 4.0, 6.0], 150.0, 14.0, 20.0, None)
     checkpoint = CHECKPOINTS["flux", "pocket"]
     record = records.measurement("nf4", checkpoint, load, run, bf16_pipeline, steps=4)
     assert (record.load_s, record.first_call_s, record.latency_s, record.step_ms) == (1.0, 9.0, 5.0, 150.0)
     assert (record.load_peak_gb, record.run_peak_gb, record.peak_gb, record.host_peak_gb) == (12.0, 14.0, 14.0, 30.0)
-    assert (record.checkpoint_size, record.resolution, record.steps, record.seed) == ("pocket", "128x128", 4, 0)
+    assert (record.checkpoint_size, record.height, record.steps, record.seed) == ("pocket", 128, 4, 0)
     assert record.repeats == 3 and record.torch == torch.__version__
     total = sum(sum(sizes.values()) for sizes in devices.component_footprints(bf16_pipeline).values())
     assert record.footprint_gb == total / 1e9
