@@ -14,12 +14,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, auth_check, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from packaging.requirements import Requirement
@@ -33,8 +33,6 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MODEL_LIBRARIES = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "safetensors", "torch", "transformers")
 ANOTHER = "give another checkpoint"
 OTHER_CACHE = "set HF_HOME to another folder"
-
-
 # What a component has, by a word in the name of its class: one file of each row. Those of no other kind are models.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 FILES = {
@@ -115,8 +113,7 @@ def _is_whole(file: Path) -> bool:
 def find_on_hub(repo_id: str, instead: str = ANOTHER) -> str:
     """Folder of `repo_id` in the local cache if all of it is there, else `repo_id`, once a download can succeed.
 
-    Raises:
-        TutorialError: it cannot; `instead` is the way out that needs no download.
+    Raises TutorialError if it cannot; `instead` is the way out that needs no download.
     """
     try:
         folder = snapshot_download(repo_id, local_files_only=True)
@@ -145,31 +142,28 @@ def hub_files(repo_id: str) -> list[tuple[str, int]]:
 @contextlib.contextmanager
 def hub_errors(repo_id: str, instead: str = ANOTHER) -> Iterator[None]:
     """Whatever the Hub, or the way to it, refuses in the block ends in one sentence: a TutorialError."""
-    log_in = f"log in again with `hf auth login`, or {instead}"
     token = get_token()
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
+    log_in = f"log in again with `hf auth login`, or {instead}"
+    accept = f"accept its licence at https://huggingface.co/{repo_id}"
+    gated = f"your account has not accepted its licence: {accept}"
+    if token is None:
+        gated = f"you are not logged in: {accept} and log in with `hf auth login`"
+    elif not re.fullmatch(r"[!-~]+", token):
         raise TutorialError(f"Your token for the Hub has characters that no token has: {log_in}.")
+    sentences = {  # the first one that fits
+        GatedRepoError: f"{repo_id} is gated and {gated}, or {instead}.",
+        RepositoryNotFoundError: f"The Hub does not show {repo_id} to you, because there is none or your token is "
+        f"missing or invalid: check the name, {log_in}.",
+        RemoteEntryNotFoundError: f"{repo_id} is no diffusers pipeline, without model_index.json: {instead}.",
+        OfflineModeIsEnabled: f"{repo_id} is not complete in the local cache and offline mode is on: unset "
+        f"HF_HUB_OFFLINE to download it, or {instead}.",
+    }
     try:
         yield
-    except GatedRepoError:
-        problem = "your account has not accepted its licence" if token else "you are not logged in"
-        action = f"accept its licence at https://huggingface.co/{repo_id}"
-        action += "" if token else " and log in with `hf auth login`"
-        raise TutorialError(f"{repo_id} is gated and {problem}: {action}, or {instead}.") from None
-    except RepositoryNotFoundError:
-        raise TutorialError(
-            f"The Hub does not show {repo_id} to you, because there is none or your token is missing or invalid: check "
-            f"the name, {log_in}."
-        ) from None
-    except OfflineModeIsEnabled:
-        raise TutorialError(
-            f"{repo_id} is not complete in the local cache and offline mode is on: unset HF_HUB_OFFLINE to download "
-            f"it, or {instead}."
-        ) from None
+    except tuple(sentences) as error:
+        raise TutorialError(next(text for kind, text in sentences.items() if isinstance(error, kind))) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if isinstance(error, EntryNotFoundError):
-            raise TutorialError(f"{repo_id} is no diffusers pipeline, without model_index.json: {instead}.") from None
         if status in (401, 403):
             raise TutorialError(f"The Hub refuses your token for {repo_id} (status {status}): {log_in}.") from None
         raise TutorialError(f"The Hub fails for {repo_id} (status {status}): try again later, or {instead}.") from None

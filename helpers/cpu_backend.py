@@ -67,7 +67,6 @@ def keep_nf4_layout(module: torch.nn.Module) -> torch.nn.Module:
 
     There, `Linear4bit` changes the layout of its weight inside the first forward. torch.compile has by then recorded
     the old layout, and fails with a size/stride assertion; and the repacked kernel rounds differently from other CPUs.
-    Models that `enable` lets load have it off already: call this only for a `Linear4bit` that you build yourself.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -61,10 +61,7 @@ def free_memory() -> float:
 
 
 def weights_alive_gb() -> float:
-    """GB of the parameters that something still refers to, on any device: after `free_memory` it should be 0.
-
-    It counts on a CPU too, where `memory_gb` cannot tell weights from the rest of the process.
-    """
+    """GB of the parameters that something still refers to, on any device, a CPU too: 0 after `free_memory`."""
     # By their type: asking an object itself, as isinstance does, would wake what is imported lazily.
     weights = [entry for entry in gc.get_objects() if issubclass(type(entry), torch.nn.Parameter)]
     return sum(weight.nbytes for weight in weights if weight.device.type != "meta") / GB
@@ -73,8 +70,8 @@ def weights_alive_gb() -> float:
 def footprint(module: torch.nn.Module) -> dict[str, int]:
     """Bytes of the weights of `module` by kind, largest first: a dtype such as "bfloat16", "nf4", or "quant_state".
 
-    "nf4" (or "fp4") are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them:
-    one scale (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
+    "nf4" are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them: one scale
+    (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
     """
     seen = set()
     sizes: dict[str, int] = {}
@@ -127,16 +124,15 @@ def out_of_memory(
 
     `technique` says what needs less memory: it completes "use ...".
     """
-    message = None
     try:
         yield
+        return
     except torch.OutOfMemoryError as error:
         # The traceback holds on to the local variables of every frame, and with them to the tensors.
         traceback.clear_frames(error.__traceback__)
         message = f"The accelerator is out of memory ({card()}): use {technique}, then restart the kernel."
-    if message is not None:
-        free_memory()
-        raise TutorialError(message) from None
+    free_memory()
+    raise TutorialError(message)
 
 
 def card() -> str:

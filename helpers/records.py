@@ -117,11 +117,12 @@ def with_distances(measurements: Sequence[Measurement], path: str | Path) -> lis
 def provenance(measurements: Sequence[Measurement]) -> str:
     """Where, with what, on what and when these were measured, in one line. All but the dates are those of the first."""
     first = measurements[0]
-    drawn = "" if first.frames is None else f"{first.frames} frames of "
+    frames = "" if first.frames is None else f"{first.frames} frames of "
+    drawn = f"{frames}{first.width}x{first.height}"
     repeats = "1 repeat" if first.repeats == 1 else f"{first.repeats} repeats"
     dates = sorted({entry.date for entry in measurements})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{first.device}, torch {first.torch}, {drawn}{first.width}x{first.height}, {first.steps} steps, {repeats}, {when}"
+    return f"{first.device}, torch {first.torch}, {drawn}, {first.steps} steps, {repeats}, {when}"
 
 
 def table(rows: Sequence[Any], columns: Sequence[str], digits: int = 3) -> "pandas.DataFrame":

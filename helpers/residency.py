@@ -74,17 +74,15 @@ class _Recorder:
 def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     """Record which component of a diffusers pipeline is on the accelerator when, under any offloading or none.
 
-    Yields a list that holds, once the block is left, one `Residency` per stay, in order of onloading. It watches the
-    hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and `AlignDevicesHook`
-    (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). On a machine with no accelerator
-    the same hooks copy nothing: order and bytes are those of a machine that has one, and what model offload moves
-    counts as away when the block begins. A component with no such hook stays all the time, unless somebody moves it.
+    Yields a list that holds, once the block is left, one `Residency` per stay, in order of onloading. Turn offloading
+    on before the block, and record an eager pipeline: dynamo compiles once more for watched hooks.
 
-    The hooks belong to the components: another pipeline that shares them may have put them there, or be the one that is
-    called. What leaves only when that other pipeline says so stays until then.
-
-    Turn offloading on before the block. The times are those of the host: a copy that is asynchronous is over later.
-    Record an eager pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
+    It watches the hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and
+    `AlignDevicesHook` (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). On a CPU they
+    copy nothing: order and bytes are those of a machine with an accelerator, and what model offload moves counts as
+    away when the block begins. A component with no such hook stays all the time, unless somebody moves it. The hooks
+    belong to the components: what another pipeline that shares them says counts too. Times are those of the host: a
+    copy that is asynchronous is over later.
 
     Raises TutorialError if a component was replaced, or its offloading changed, inside the block; or if model offload
     moves some components and leaves one out, of which a CPU does not tell where it is.
@@ -109,18 +107,14 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     stack = contextlib.ExitStack()
     stack.callback(recorder.finish)
 
-    def watch(target: Any, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
-        """Until the end, call `before` and `after` with the arguments of a method of this one object or class."""
+    def watch(target: Any, method: str, tell: Callable) -> None:
+        """Until the end, call `tell` before a method of this one object or class, with the same arguments."""
         original = getattr(target, method)
 
         @torch.compiler.disable  # as the hooks themselves are: never traced
         def wrapper(*args, **kwargs):
-            if before is not None:
-                before(*args, **kwargs)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after(*args, **kwargs)
-            return result
+            tell(*args, **kwargs)
+            return original(*args, **kwargs)
 
         stack.enter_context(mock.patch.object(target, method, wrapper))
 
@@ -138,7 +132,7 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
             leave(hook.prev_module_hook.model)
         come(module)
 
-    def moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def move(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is None or pieces.get(names.get(id(module)), True):  # another dtype, or no matter of this recording
             return
@@ -150,16 +144,16 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
 
     # By the class: at the end of each call diffusers puts new hooks in place of the old ones, and accelerate takes what
     # is called `to` away from a module.
-    watch(CpuOffload, "pre_forward", before=before_forward)
-    watch(torch.nn.Module, "to", after=moved)
+    watch(CpuOffload, "pre_forward", before_forward)
+    watch(torch.nn.Module, "to", move)
     for name, module in modules.items():
         for target, onload, offload, size in pieces[name]:
             piece = (name, id(target), size)
-            watch(target, onload, before=lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
-            watch(target, offload, after=lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
-        if not pieces[name] and _device(module).type == accelerator().type:
-            if has_accelerator or name not in hooked:
-                recorder.already_there(name, id(module), sizes[name])
+            watch(target, onload, lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
+            watch(target, offload, lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
+        is_there = any(weight.device.type == accelerator().type for weight in module.parameters())
+        if is_there and not pieces[name] and (has_accelerator or name not in hooked):
+            recorder.already_there(name, id(module), sizes[name])
     with stack:
         yield recorder.events
     changed = sorted(name for name, state in _placements(pipeline).items() if placements.get(name) != state)
@@ -181,11 +175,6 @@ def _placements(pipeline: Any) -> dict[str, tuple]:
 def is_model_offloaded(module: torch.nn.Module) -> bool:
     """Whether `enable_model_cpu_offload` moves this component, in whichever pipeline it was called."""
     return any(isinstance(hook, CpuOffload) for hook in _hooks(module))
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _hooks(module: torch.nn.Module) -> list[Any]:
