@@ -62,25 +62,20 @@ def latency_memory_chart(
     `memory` is a field of `Measurement`: on a CPU, where "peak_gb" is None, take "footprint_mb" or "host_peak_gb".
     Raises ValueError if a measurement lacks one of the two figures.
     """
-    points = [(value(entry, memory), entry.latency_s) for entry in measurements]
-    for entry, point in zip(measurements, points, strict=True):
-        if None in point:
-            raise ValueError(f"{entry.name!r} has no latency_s or no {memory}")
-    with _drawing(figsize=(8, 4.5)) as (figure, axes):
-        right, top = np.max(points, axis=0)
-        height = -np.inf
-        for index in sorted(range(len(points)), key=lambda index: points[index][1]):
-            axes.scatter(*points[index], s=70, color=f"C{index}", zorder=3)
+    points = [(entry.latency_s, value(entry, memory), entry.name) for entry in measurements]
+    for *figures, name in points:
+        if None in figures:
+            raise ValueError(f"{name!r} has no latency_s or no {memory}")
+    top, right = max(y for y, _, _ in points), max(x for _, x, _ in points)
+    with _drawing(figsize=(7, 4.5)) as (figure, axes):
+        height = -top
+        for index, (y, x, name) in enumerate(sorted(points)):
+            axes.scatter(x, y, s=70, color=f"C{index}", zorder=3)
             # The names are a column beside the axes: each at the height of its point, or above the one below.
-            height = max(points[index][1], height + 0.08 * top)
-            axes.annotate(
-                measurements[index].name,
-                points[index],
-                xytext=(1.03, height),
-                textcoords=axes.get_yaxis_transform(),
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": f"C{index}", "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
-            )
+            height = max(y, height + 0.08 * top)
+            line = {"arrowstyle": "-", "color": f"C{index}", "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)}
+            place = {"xytext": (1.03, height), "textcoords": axes.get_yaxis_transform(), "va": "center"}
+            axes.annotate(name, (x, y), arrowprops=line, **place)
         # Both axes from zero, so that distances are honest.
         axes.set(xlabel=memory_label, ylabel="latency of one call (s)", title=title)
         axes.set(xlim=(0, 1.1 * right), ylim=(0, height + 0.15 * top))

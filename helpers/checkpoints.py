@@ -92,12 +92,7 @@ FULL_WAN = Checkpoint(
     model="wan",
     size="full",
     path="Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    prompts=(
-        GUIDE_VIDEO_PROMPT,
-        "a red fox walks through fresh snow at dawn, tracking shot",
-        "waves break on a cliff with a lighthouse in a storm, aerial shot",
-        "steam rises from a bowl of ramen on a wooden table, close-up",
-    ),
+    prompts=(GUIDE_VIDEO_PROMPT,),
     height=480,
     width=832,
     num_inference_steps=50,
@@ -158,10 +153,8 @@ def get_checkpoint(model: str) -> Checkpoint:
     check_versions()
     size = os.environ.get("TUTORIAL_MODELS") or "pocket"
     if size not in SIZES:
-        raise TutorialError(
-            f"TUTORIAL_MODELS is {size!r}: set it to {' or '.join(SIZES)}, or unset it for pocket, and restart the "
-            "kernel."
-        )
+        remedy = f"set it to {' or '.join(SIZES)}, or unset it for pocket, and restart the kernel"
+        raise TutorialError(f"TUTORIAL_MODELS is {size!r}: {remedy}.")
     models = sorted({repr(known) for known, _ in CHECKPOINTS})
     if repr(model) not in models:
         raise TutorialError(f"There is no model {model!r}: ask get_checkpoint for {' or '.join(models)}.")
@@ -178,15 +171,12 @@ def find_pocket(name: str) -> str:
     """
     folders = [root / "checkpoints" / name for root in (PACKAGE_ROOT, Path.cwd(), *Path.cwd().parents)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    restore = f"`git checkout -- checkpoints/{name}`"
-    if folder is None:
-        raise TutorialError(
-            f"The checkpoint checkpoints/{name} is missing: run the lesson inside a clone of the repository, where "
-            f"{restore} restores a deleted one."
-        )
-    fault = find_fault(folder)
+    fault = "the folder is missing" if folder is None else find_fault(folder)
     if fault is not None:
-        raise TutorialError(f"The checkpoint checkpoints/{name} is incomplete ({fault}): restore it with {restore}.")
+        raise TutorialError(
+            f"The checkpoint checkpoints/{name} is not ready ({fault}): run the lesson inside a clone of the "
+            f"repository, where `git checkout -- checkpoints/{name}` restores it."
+        )
     return str(folder)
 
 
@@ -199,10 +189,9 @@ def _find_random(name: str) -> str:
     """Path of the random-weight checkpoint `name` in the cache folder."""
     folder = cache_folder() / name
     fault = find_fault(folder) if folder.is_dir() else "it has not been built"
-    if fault is None:
-        return str(folder)
-    model = name.removeprefix("random-")
-    raise TutorialError(
-        f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
-        f"`python -m benchmarks.random_checkpoints {model}`, or unset TUTORIAL_MODELS."
-    )
+    if fault is not None:
+        raise TutorialError(
+            f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
+            f"`python -m benchmarks.random_checkpoints {name.removeprefix('random-')}`, or unset TUTORIAL_MODELS."
+        )
+    return str(folder)

@@ -126,10 +126,13 @@ def find_on_hub(repo_id: str, instead: str = ANOTHER) -> str:
 
     with hub_errors(repo_id, instead):
         auth_check(repo_id)
-        needed = _missing_bytes(repo_id)
+        # A pipeline loads from subfolders, not single-file weights; and one format of several, where there are several.
+        wanted = [(file, size) for file, size in hub_files(repo_id) if "/" in file]
+        main = [entry for entry in wanted if entry[0].endswith(".safetensors") and ".fp16" not in entry[0]]
+        missing = [size for file, size in main or wanted if not isinstance(try_to_load_from_cache(repo_id, file), str)]
     cache = Path(constants.HF_HUB_CACHE)
     files.check_writable(cache, f"{OTHER_CACHE}, or {instead}")
-    files.check_space(cache, needed, repo_id, f"set HF_HOME to a folder on a larger disk, or {instead}")
+    files.check_space(cache, sum(missing), repo_id, f"set HF_HOME to a folder on a larger disk, or {instead}")
     return repo_id
 
 
@@ -177,14 +180,6 @@ def hub_errors(repo_id: str, instead: str = ANOTHER) -> Iterator[None]:
             f"{repo_id} is not complete in the local cache and the Hub cannot be reached ({type(error).__name__}): "
             f"check the network and try again, or {instead}."
         ) from None
-
-
-def _missing_bytes(repo_id: str) -> int:
-    """Bytes of `repo_id` that are still to be downloaded. A pipeline loads from subfolders, not single-file weights."""
-    wanted = [(file, size) for file, size in hub_files(repo_id) if "/" in file]
-    # One format of several, where there are several.
-    main = [entry for entry in wanted if entry[0].endswith(".safetensors") and ".fp16" not in entry[0]]
-    return sum(size for file, size in main or wanted if not isinstance(try_to_load_from_cache(repo_id, file), str))
 
 
 def check_versions() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import torch
-from diffusers.utils import numpy_to_pil
+from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
 
 from helpers import cpu_backend, devices
@@ -111,9 +111,8 @@ def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | 
     if not isinstance(frames[0], Image.Image):
         frames = numpy_to_pil(np.asarray(frames))  # video pipelines return floats in 0..1
     if picture is not None:
-        row = Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1))
         with contextlib.suppress(OSError):  # what was measured is worth more than the picture
-            row.save(picture)
+            make_image_grid(frames, 1, len(frames)).save(picture)
     count = len(frames) if kind == "frames" else None
     return {"height": frames[0].height, "width": frames[0].width, "frames": count}
 
