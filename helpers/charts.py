@@ -19,6 +19,7 @@ from helpers.activity import KINDS, Activity
 from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -26,7 +27,6 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]),
 }
 
 
@@ -37,6 +37,10 @@ def _drawing(rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple
         figure, axes = plt.subplots(rows, columns, layout="constrained", **settings)
         yield figure, axes
     plt.close(figure)
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
 
 
 def _short(number: float) -> str:
@@ -70,10 +74,10 @@ def latency_memory_chart(
     with _drawing(figsize=(7, 4.5)) as (figure, axes):
         height = -top
         for index, (y, x, name) in enumerate(sorted(points)):
-            axes.scatter(x, y, s=70, color=f"C{index}", zorder=3)
+            axes.scatter(x, y, s=70, color=_colour(index), zorder=3)
             # The names are a column beside the axes: each at the height of its point, or above the one below.
             height = max(y, height + 0.08 * top)
-            line = {"arrowstyle": "-", "color": f"C{index}", "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)}
+            line = {"arrowstyle": "-", "color": _colour(index), "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)}
             place = {"xytext": (1.03, height), "textcoords": axes.get_yaxis_transform(), "va": "center"}
             axes.annotate(name, (x, y), arrowprops=line, **place)
         # Both axes from zero, so that distances are honest.
@@ -98,11 +102,11 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
     rows, height = np.arange(len(measurements)), 0.7 / len(peaks)
     size = (10, 0.34 * len(measurements) + 1.5)
     with _drawing(1, 2, figsize=size, sharey=True) as (drawing, (left, right)):
-        left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6)
+        left.barh(rows, [getattr(entry, figure) for entry in measurements], height=0.6, color=COLOURS[0])
         for index, (peak, name) in enumerate(peaks.items(), start=1):
             place = rows + height * (index - (len(peaks) + 1) / 2)
             values = [getattr(entry, peak) or 0.0 for entry in measurements]
-            right.barh(place, values, height=height, color=f"C{index}", label=name)
+            right.barh(place, values, height=height, color=_colour(index), label=name)
         for axes, settings in ((left, {"fmt": _short}), (right, {"fmt": "{:.1f}", "fontsize": 8})):
             for bars in axes.containers:
                 axes.bar_label(bars, padding=3, **settings)
@@ -153,7 +157,7 @@ def weight_histogram(weights: Mapping[str, Any], title: str = "", bins: int = 20
     size = (7, 1.8 * len(arrays) + 0.4)
     with _drawing(len(arrays), figsize=size, sharex=True, squeeze=False) as (figure, axes):
         for index, (axis, name, array) in enumerate(zip(axes[:, 0], weights, arrays, strict=True)):
-            axis.hist(array, bins=bins, range=(-edge, edge), color=f"C{index}")
+            axis.hist(array, bins=bins, range=(-edge, edge), color=_colour(index))
             axis.set_ylabel(name)
         axes[0, 0].set_title(title)
         axes[-1, 0].set_xlabel("value of the weight")
@@ -175,7 +179,7 @@ def residency_timeline(events: Sequence[Residency], title: str = "", unit: str =
     lengths = [max(event.offload_s - event.onload_s, end / 400) for event in events]
     with _drawing(figsize=(8, 0.55 * len(names) + 1.3)) as (figure, axes):
         starts = [event.onload_s for event in events]
-        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[f"C{row}" for row in rows])
+        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[_colour(row) for row in rows])
         axes.bar_label(bars, [f"{_short(event.bytes / scale)} {unit}" for event in events], padding=3, fontsize=9)
         _name_rows(axes, names)
         axes.set(xlabel="time since the call began (s)", title=title, xlim=(0, 1.15 * end))  # room for the last label
@@ -200,7 +204,7 @@ def activity_timeline(
             rows.append("")  # the line of the name, above the lanes
             for index, kind in enumerate(KINDS):
                 spans = [(entry.start_ms, entry.end_ms - entry.start_ms) for entry in entries if entry.kind == kind]
-                axes.broken_barh(spans, (len(rows) - 0.4, 0.8), color=f"C{index}", lw=0)
+                axes.broken_barh(spans, (len(rows) - 0.4, 0.8), color=_colour(index), lw=0)
                 rows.append(kind)
         _name_rows(axes, rows)
         axes.set(xlabel="time (ms)", title=title, xlim=(start_ms, end_ms))
