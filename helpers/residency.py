@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,13 +27,23 @@ class Residency:
     onloads: int  # number of those copies
 
 
+class _Piece(NamedTuple):
+    """What comes and goes as one: a whole component, or what the methods `onload` and `offload` of `target` move."""
+
+    component: str
+    target: Any
+    bytes: int
+    onload: str = ""
+    offload: str = ""
+
+
 class _Recorder:
     """Turns "this piece came, that piece left" into stays."""
 
     def __init__(self) -> None:
         self.events: list[Residency] = []
         self.last: dict[str, Residency] = {}  # by component
-        self.held: dict[str, dict[int, int]] = collections.defaultdict(dict)  # component -> piece -> bytes
+        self.held: dict[str, dict[int, int]] = collections.defaultdict(dict)  # component -> target -> bytes
         self.start = time.perf_counter()
 
     def now(self) -> float:
@@ -43,26 +53,26 @@ class _Recorder:
         self.last[component] = Residency(component, seconds, seconds, 0, 0, 0)
         self.events.append(self.last[component])
 
-    def already_there(self, component: str, piece: int, size: int) -> None:
-        self.begin(component, 0.0)
-        self.held[component][piece] = self.last[component].bytes = size
+    def already_there(self, piece: _Piece) -> None:
+        self.begin(piece.component, 0.0)
+        self.held[piece.component][id(piece.target)] = self.last[piece.component].bytes = piece.bytes
 
-    def onload(self, component: str, piece: int, size: int, whole: bool = False) -> None:
-        held = self.held[component]
-        if piece in held:
+    def onload(self, piece: _Piece) -> None:
+        held = self.held[piece.component]
+        if id(piece.target) in held:
             return
-        # Pieces of one component that come and go, with no other component in between, are one stay.
-        if not held and (whole or not self.events or self.events[-1].component != component):
-            self.begin(component, self.now())
-        held[piece] = size
-        event = self.last[component]
+        # Parts of one component that come and go, with no other component in between, are one stay.
+        if not held and (not piece.onload or not self.events or self.events[-1].component != piece.component):
+            self.begin(piece.component, self.now())
+        held[id(piece.target)] = piece.bytes
+        event = self.last[piece.component]
         event.bytes = max(event.bytes, sum(held.values()))
-        event.moved_bytes += size
+        event.moved_bytes += piece.bytes
         event.onloads += 1
 
-    def offload(self, component: str, piece: int) -> None:
-        if self.held[component].pop(piece, None) is not None:
-            self.last[component].offload_s = self.now()
+    def offload(self, piece: _Piece) -> None:
+        if self.held[piece.component].pop(id(piece.target), None) is not None:
+            self.last[piece.component].offload_s = self.now()
 
     def finish(self) -> None:
         end = self.now()
@@ -87,17 +97,15 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     Raises TutorialError if a component was replaced, or its offloading changed, inside the block; or if model offload
     moves some components and leaves one out, of which a CPU does not tell where it is.
     """
-    names: dict[int, str] = {}  # a component that has two names in the pipeline is there once, by the first
-    for name, module in component_modules(pipeline).items():
-        names.setdefault(id(module), name)
-    modules = {name: pipeline.components[name] for name in names.values()}
-    sizes = {name: sum(footprint(module).values()) for name, module in modules.items()}
-    pieces = {name: list(_pieces(module)) for name, module in modules.items()}
-    hooked = {name for name, module in modules.items() if is_model_offloaded(module)}
-    placements = _placements(pipeline)
+    before = _state(pipeline)
+    wholes: dict[int, _Piece] = {}  # a component that has two names in the pipeline is there once, by the first
+    for name, (module, _, _) in before.items():
+        wholes.setdefault(id(module), _Piece(name, module, sum(footprint(module).values())))
+    parts = {whole.component: before[whole.component][2] for whole in wholes.values()}
+    hooked = {name for name in parts if before[name][1]}
     has_accelerator = accelerator().type != "cpu"
     kept = getattr(pipeline, "_exclude_from_cpu_offload", ())
-    lost = [name for name in modules if name not in hooked and name not in kept and not pieces[name]]
+    lost = [name for name in parts if name not in hooked and name not in kept and not parts[name]]
     if hooked and lost and not has_accelerator:
         raise TutorialError(
             f"Model offload does not move the {lost[0]}, which came to the pipeline later: call "
@@ -118,45 +126,37 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
 
         stack.enter_context(mock.patch.object(target, method, wrapper))
 
-    def come(module: torch.nn.Module) -> None:
-        if id(module) in names:
-            name = names[id(module)]
-            recorder.onload(name, id(module), sizes[name], whole=True)
-
-    def leave(module: torch.nn.Module) -> None:
-        if id(module) in names:
-            recorder.offload(names[id(module)], id(module))
-
     def before_forward(hook: CpuOffload, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if hook.prev_module_hook is not None:
-            leave(hook.prev_module_hook.model)
-        come(module)
+        left = wholes.get(id(hook.prev_module_hook.model)) if hook.prev_module_hook is not None else None
+        if left is not None:
+            recorder.offload(left)
+        if id(module) in wholes:
+            recorder.onload(wholes[id(module)])
 
-    def move(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is None or pieces.get(names.get(id(module)), True):  # another dtype, or no matter of this recording
+    def before_move(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        whole, device = wholes.get(id(module)), torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or whole is None or parts[whole.component]:  # another dtype, or no matter of this recording
             return
         # With no accelerator, model offload brings to "cpu:0" and takes away to "cpu".
         if device.type == accelerator().type and (has_accelerator or device.index is not None):
-            come(module)
-        elif has_accelerator or names[id(module)] in hooked:
-            leave(module)
+            recorder.onload(whole)
+        elif has_accelerator or whole.component in hooked:
+            recorder.offload(whole)
 
     # By the class: at the end of each call diffusers puts new hooks in place of the old ones, and accelerate takes what
     # is called `to` away from a module.
     watch(CpuOffload, "pre_forward", before_forward)
-    watch(torch.nn.Module, "to", move)
-    for name, module in modules.items():
-        for target, onload, offload, size in pieces[name]:
-            piece = (name, id(target), size)
-            watch(target, onload, lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
-            watch(target, offload, lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
-        is_there = any(weight.device.type == accelerator().type for weight in module.parameters())
-        if is_there and not pieces[name] and (has_accelerator or name not in hooked):
-            recorder.already_there(name, id(module), sizes[name])
+    watch(torch.nn.Module, "to", before_move)
+    for whole in wholes.values():
+        for part in parts[whole.component]:
+            watch(part.target, part.onload, lambda *args, part=part, **kwargs: recorder.onload(part))
+            watch(part.target, part.offload, lambda *args, part=part, **kwargs: recorder.offload(part))
+        is_there = any(weight.device.type == accelerator().type for weight in whole.target.parameters())
+        if is_there and not parts[whole.component] and (has_accelerator or whole.component not in hooked):
+            recorder.already_there(whole)
     with stack:
         yield recorder.events
-    changed = sorted(name for name, state in _placements(pipeline).items() if placements.get(name) != state)
+    changed = sorted(name for name, state in _state(pipeline).items() if before.get(name) != state)
     if changed:
         raise TutorialError(
             f"The {changed[0]} was replaced, or its offloading changed, while its stays were recorded: do that before "
@@ -164,10 +164,10 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
         )
 
 
-def _placements(pipeline: Any) -> dict[str, tuple]:
-    """By component: which module it is, whether model offload moves it, and which pieces of it come and go."""
+def _state(pipeline: Any) -> dict[str, tuple[torch.nn.Module, bool, list[_Piece]]]:
+    """By component: the module, whether model offload moves it, and which parts of it come and go."""
     return {
-        name: (id(module), is_model_offloaded(module), [id(target) for target, *_ in _pieces(module)])
+        name: (module, is_model_offloaded(module), list(_parts(name, module)))
         for name, module in component_modules(pipeline).items()
     }
 
@@ -183,25 +183,24 @@ def _hooks(module: torch.nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def _pieces(component: torch.nn.Module) -> Iterator[tuple[Any, str, str, int]]:
-    """What comes and goes in pieces: (object, method that brings it, method that takes it away, bytes)."""
+def _parts(name: str, component: torch.nn.Module) -> Iterator[_Piece]:
+    """What of a component comes and goes by itself."""
     groups = {}
     for module in component.modules():
         for hook in _hooks(module):
             if getattr(hook, "offload", False) is True:
                 parameters = module.parameters(recurse=hook.place_submodules)
                 buffers = module.buffers(recurse=hook.place_submodules) if hook.offload_buffers else ()
-                yield hook, "pre_forward", "post_forward", _bytes((*parameters, *buffers))
+                yield _Piece(name, hook, _bytes((*parameters, *buffers)), "pre_forward", "post_forward")
         registry = getattr(module, "_diffusers_hook", None)
         for hook in registry.hooks.values() if registry is not None else ():
-            group = getattr(hook, "group", None)
-            if group is not None:
-                groups[id(group)] = group  # many modules share one
+            if getattr(hook, "group", None) is not None:
+                groups[id(hook.group)] = hook.group  # many modules share one
     for group in groups.values():
         tensors = [tensor for part in group.modules for tensor in (*part.parameters(), *part.buffers())]
         size = _bytes((*tensors, *group.parameters, *group.buffers))
         if size:  # else nothing comes and goes
-            yield group, "onload_", "offload_", size
+            yield _Piece(name, group, size, "onload_", "offload_")
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
