@@ -33,14 +33,13 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MODEL_LIBRARIES = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "safetensors", "torch", "transformers")
 ANOTHER = "give another checkpoint"
 OTHER_CACHE = "set HF_HOME to another folder"
-# What a component has, by a word in the name of its class: one file of each row. Those of no other kind are models.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+# What a component has, by a pattern of the name of its class: one file of each row. The first that fits counts.
 FILES = {
     "Scheduler": [("scheduler_config.json",)],
     "ByT5Tokenizer": [("tokenizer_config.json",)],  # its words are bytes
     "Tokenizer": [("tokenizer_config.json",), VOCABULARIES],
-    "Processor": [("preprocessor_config.json", "*processor_config.json")],
-    "FeatureExtractor": [("preprocessor_config.json", "*processor_config.json")],
+    "Processor|FeatureExtractor": [("preprocessor_config.json", "*processor_config.json")],
     "": [("config.json",), ("*.safetensors", "*.bin")],
 }
 
@@ -71,7 +70,7 @@ def find_fault(folder: Path) -> str | None:
 def _check_component(folder: Path, kind: str) -> None:
     """Raise _Fault if a file of a component of the class `kind` is missing or broken."""
     here = f"{folder.name}/"
-    for row in next(rows for word, rows in FILES.items() if word in kind):
+    for row in next(rows for pattern, rows in FILES.items() if re.search(pattern, kind)):
         if not any(file.is_file() for pattern in row for file in folder.glob(pattern)):
             raise _Fault(f"{here}{row[0]} is missing")
     for file in sorted(folder.glob("*.json")):

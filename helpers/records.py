@@ -88,13 +88,13 @@ def measurement(
         "seed": checkpoint.seed,
         "call": checkpoint.call_arguments,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "host_peak_gb": max((part.host_peak_gb for part in (load, run) if part is not None), default=None),
     }
     if load is not None:
-        values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
+        values |= vars(load)
     if run is not None:
-        values |= {field: content for field, content in vars(run).items() if field not in ("output", "host_peak_gb")}
+        values |= {field: content for field, content in vars(run).items() if field != "output"}
         values["repeats"] = len(run.latencies_s)
+    values["host_peak_gb"] = max((part.host_peak_gb for part in (load, run) if part is not None), default=None)
     if pipeline is not None:
         values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
     return Measurement(name, **(values | changes))
