@@ -20,14 +20,7 @@ from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+STYLE = {"axes.titlelocation": "left", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @contextlib.contextmanager
@@ -131,13 +124,11 @@ def image_grid(
     """
     columns = max(len(row) for row in images)
     inches = (size * columns, size * len(images) + 0.3)
-    with _drawing(len(images), columns, figsize=inches, squeeze=False) as (figure, axes):
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        for row, line in enumerate(images):
-            for column, image in enumerate(line):
-                axes[row, column].imshow(np.asarray(image))
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    with _drawing(len(images), columns, figsize=inches, squeeze=False, subplot_kw=bare) as (figure, axes):
+        for row, line in zip(axes, images, strict=True):
+            for axis, image in zip(row, line, strict=False):
+                axis.imshow(np.asarray(image))
         for axis, text in zip(axes[0], titles, strict=False):
             # Ten letters of this size to an inch: long titles break into lines and do not run into their neighbours.
             axis.set_title(textwrap.fill(text, round(10 * size)), loc="center", fontsize=10)
