@@ -121,7 +121,7 @@ def explain_failure(name: str, returncode: int, stderr: str) -> str:
     """One sentence for a process that failed, by its exit status and what it wrote to stderr."""
     if returncode < 0:
         killed = returncode == -signal.SIGKILL
-        advice = "free host memory or use a smaller checkpoint" if killed else "see the output above"
+        advice = "close other programs or use a smaller checkpoint" if killed else "see the output above"
         return f"{name} {describe_end(returncode)}: {advice}."
     lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit status {returncode}"]
     # The first line of the last error: its message may go on for many.
