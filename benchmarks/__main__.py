@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import models, random_checkpoints, strategies
+from benchmarks import models, random_checkpoints, strategies, writing
 from helpers import charts, checks, cpu_backend, devices, files, processes, quality, records
 from helpers.checkpoints import CHECKPOINTS, OTHER_CACHE, PACKAGE_ROOT, Checkpoint, cache_folder, find_pocket
 from helpers.errors import TutorialError
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         row = compare(row, rows, pictures)
         rows = sorted([*rows, row], key=lambda row: rank(row.name))
         tqdm.write(line(row, width))
-        records.save_measurements(rows, file, new=[row])
+        writing.save_measurements(rows, file, new=[row])
     draw_chart(rows, file)
     failed = sum(row.failure is not None for row in rows if row.name in names)
     if failed:  # so that a script can tell
@@ -160,11 +160,6 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
             size="given",
             path=find_given(args.checkpoint),
             prompts=(PROMPT,),
-            height=None,
-            width=None,
-            num_inference_steps=None,
-            max_sequence_length=None,
-            guidance_scale=None,
         )
     asked = {name: getattr(args, name.removeprefix("num_").replace("inference_", "")) for name in SETTINGS}
     if args.prompt:
@@ -319,7 +314,7 @@ def line(row: records.Measurement, width: int) -> str:
     if row.failure is not None:
         return f"{row.name:{width}}  failed: {row.failure}"
     figures = {column: getattr(row, column) for column in COLUMNS}
-    cells = [charts.MISSING if value is None else format(value, COLUMNS[name]) for name, value in figures.items()]
+    cells = [records.MISSING if value is None else format(value, COLUMNS[name]) for name, value in figures.items()]
     return "  ".join(
         [row.name.ljust(width), *(cell.rjust(len(name)) for name, cell in zip(COLUMNS, cells, strict=True))]
     )

@@ -12,6 +12,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+from huggingface_hub import hf_hub_download
 
 from helpers import checks
 from helpers.errors import TutorialError
@@ -87,7 +88,7 @@ def find_model(path: str) -> Model:
     if not denoisers:
         raise TutorialError(f"{path} is a {pipeline}, in which no transformer and no UNet was found.")
     if Path(path).is_dir():
-        checks.check_folder(Path(path))
+        check_folder(Path(path))
     sizes, variant = _weight_sizes(path)
     encoders = tuple(name for name, cls in classes.items() if _is_text_encoder(name, cls))
     # CLIP is small beside a T5 or a language model. A pipeline may have nothing else.
@@ -111,17 +112,37 @@ def read_index(path: str) -> dict[str, Any]:
         TutorialError: there is none, or it names no pipeline.
     """
     if Path(path).is_dir():
-        checks.check_folder(Path(path), index_only=True)
+        check_folder(Path(path), index_only=True)
     index = _read_json(path, "model_index.json")
     if not isinstance(index.get("_class_name"), str):
         raise TutorialError(f"The model_index.json of {path} names no class of diffusers: give another checkpoint.")
     return index
 
 
+def check_folder(folder: Path, index_only: bool = False) -> None:
+    """Check that a folder is a complete checkpoint; with `index_only`, that it has a readable model_index.json.
+
+    Raises:
+        TutorialError: it is not.
+    """
+    fault = checks.find_fault(folder)
+    if fault is not None and (fault.startswith("model_index.json") or not index_only):
+        raise TutorialError(
+            f"{folder} is no complete checkpoint of a diffusers pipeline ({fault}): restore it, download it again, or "
+            "give another folder or a repository id such as stabilityai/stable-diffusion-3.5-medium."
+        )
+
+
 def _read_json(path: str, file: str) -> dict[str, Any]:
-    """A JSON file of a folder, which was checked, or of a repository."""
-    folder = Path(path)
-    return json.loads((folder / file).read_text("utf-8")) if folder.is_dir() else checks.read_hub_json(path, file)
+    """A JSON file of a folder, which was checked, or of a repository: from the local cache if nothing newer can be had.
+
+    Raises:
+        TutorialError: the Hub cannot be reached, or does not give it.
+    """
+    if Path(path).is_dir():
+        return json.loads(Path(path, file).read_text("utf-8"))
+    with checks.hub_errors(path):
+        return json.loads(Path(hf_hub_download(path, file)).read_text("utf-8"))
 
 
 def call_parameters(path: str) -> Mapping[str, inspect.Parameter]:
@@ -180,7 +201,8 @@ def _weight_sizes(path: str) -> tuple[dict[str, int], str | None]:
     if folder.is_dir():
         files = [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.glob("*/*")]
     else:
-        files = [(file, size) for file, size in checks.hub_files(path) if file.count("/") == 1]
+        with checks.hub_errors(path):
+            files = [(file, size) for file, size in checks.hub_files(path) if file.count("/") == 1]
     sizes: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}  # in the fp16 variant?
     for file, size in files:
         component, name = file.split("/")

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import writing
 from benchmarks.__main__ import RESULTS, slug
-from helpers import checks, devices, files, processes, records
+from helpers import checks, devices, files, processes
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
@@ -167,7 +168,7 @@ def measure_programs(args: argparse.Namespace) -> None:
             "date": str(datetime.date.today()),
         }
         tqdm.write(str(row))
-        records.write_json([*rows, row], file, new=row)
+        writing.write_json([*rows, row], file, new=row)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ same for all three.
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from helpers.checks import PACKAGE_ROOT, check_versions, find_fault, find_on_hub
@@ -49,11 +49,11 @@ class Checkpoint:
     size: str
     path: str = field(repr=False)  # differs from machine to machine
     prompts: tuple[str, ...]
-    height: int | None
-    width: int | None
-    num_inference_steps: int | None
-    max_sequence_length: int | None
-    guidance_scale: float | None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    max_sequence_length: int | None = None
+    guidance_scale: float | None = None
     num_frames: int | None = None
     negative_prompt: str | None = None
     seed: int = 0
@@ -92,12 +92,7 @@ FULL_WAN = Checkpoint(
     model="wan",
     size="full",
     path="Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    prompts=(
-        GUIDE_VIDEO_PROMPT,
-        "a red fox walks through fresh snow at dawn, tracking shot",
-        "waves break on a cliff with a lighthouse in a storm, aerial shot",
-        "steam rises from a bowl of ramen on a wooden table, close-up",
-    ),
+    prompts=(GUIDE_VIDEO_PROMPT,),
     height=480,
     width=832,
     num_inference_steps=50,
@@ -153,48 +148,36 @@ CHECKPOINTS = {
 def get_checkpoint(model: str) -> Checkpoint:
     """The checkpoint of `model` ("flux" or "wan") in the size that TUTORIAL_MODELS names, checked to be ready to load.
 
-    Raises:
-        TutorialError: the library versions, the size, the model or the checkpoint itself is not as it must be.
+    Raises TutorialError if the library versions, the size, the model or the checkpoint itself is not as it must be.
     """
     check_versions()
     size = os.environ.get("TUTORIAL_MODELS") or "pocket"
     if size not in SIZES:
-        raise TutorialError(
-            f"TUTORIAL_MODELS is {size!r}: set it to {_either(SIZES)}, or unset it for pocket, and restart the kernel."
-        )
-    models = sorted({known for known, _ in CHECKPOINTS})
-    if model not in models:
-        raise TutorialError(f"There is no model {model!r}: ask get_checkpoint for {_either(map(repr, models))}.")
+        remedy = f"set it to {' or '.join(SIZES)}, or unset it for pocket, and restart the kernel"
+        raise TutorialError(f"TUTORIAL_MODELS is {size!r}: {remedy}.")
+    models = sorted({repr(known) for known, _ in CHECKPOINTS})
+    if repr(model) not in models:
+        raise TutorialError(f"There is no model {model!r}: ask get_checkpoint for {' or '.join(models)}.")
     checkpoint = CHECKPOINTS[model, size]
-    find = {"pocket": find_pocket, "full": _find_full, "random": _find_random}[size]
+    find_full = partial(find_on_hub, instead="unset TUTORIAL_MODELS to use the pocket checkpoint")
+    find = {"pocket": find_pocket, "full": find_full, "random": _find_random}[size]
     return replace(checkpoint, path=find(checkpoint.path))
-
-
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(names)
 
 
 def find_pocket(name: str) -> str:
     """Path of `checkpoints/<name>` in the repository that this package, or the current folder, is in.
 
-    Raises:
-        TutorialError: it is missing or incomplete.
+    Raises TutorialError if it is missing or incomplete.
     """
-    here = Path.cwd()
-    for root in (PACKAGE_ROOT, here, *here.parents):
-        folder = root / "checkpoints" / name
-        if folder.is_dir():
-            fault = find_fault(folder)
-            if fault is None:
-                return str(folder)
-            raise TutorialError(
-                f"The checkpoint checkpoints/{name} is incomplete ({fault}): restore it with "
-                f"`git checkout -- checkpoints/{name}` in the repository."
-            )
-    raise TutorialError(
-        f"The checkpoint checkpoints/{name} is missing: run the lesson inside a clone of the repository, where "
-        f"`git checkout -- checkpoints/{name}` restores a deleted one."
-    )
+    folders = [root / "checkpoints" / name for root in (PACKAGE_ROOT, Path.cwd(), *Path.cwd().parents)]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    fault = "the folder is missing" if folder is None else find_fault(folder)
+    if fault is not None:
+        raise TutorialError(
+            f"The checkpoint checkpoints/{name} is not ready ({fault}): run the lesson inside a clone of the "
+            f"repository, where `git checkout -- checkpoints/{name}` restores it."
+        )
+    return str(folder)
 
 
 def cache_folder() -> Path:
@@ -206,15 +189,9 @@ def _find_random(name: str) -> str:
     """Path of the random-weight checkpoint `name` in the cache folder."""
     folder = cache_folder() / name
     fault = find_fault(folder) if folder.is_dir() else "it has not been built"
-    if fault is None:
-        return str(folder)
-    model = name.removeprefix("random-").replace("-nf4", " --nf4")
-    raise TutorialError(
-        f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
-        f"`python -m benchmarks.random_checkpoints {model}`, or unset TUTORIAL_MODELS."
-    )
-
-
-def _find_full(repo_id: str) -> str:
-    """Folder of `repo_id` in the local cache if all of it is there, else `repo_id`, once a download can succeed."""
-    return find_on_hub(repo_id, "unset TUTORIAL_MODELS to use the pocket checkpoint")
+    if fault is not None:
+        raise TutorialError(
+            f"The checkpoint {name} is not ready in {folder.parent} ({fault}): build it once with "
+            f"`python -m benchmarks.random_checkpoints {name.removeprefix('random-')}`, or unset TUTORIAL_MODELS."
+        )
+    return str(folder)

@@ -12,25 +12,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    auth_check,
-    constants,
-    get_token,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, auth_check, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from packaging.requirements import Requirement
+from safetensors import SafetensorError, safe_open
 
 from helpers import files
 from helpers.errors import TutorialError
@@ -40,6 +33,15 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 MODEL_LIBRARIES = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "safetensors", "torch", "transformers")
 ANOTHER = "give another checkpoint"
 OTHER_CACHE = "set HF_HOME to another folder"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+# What a component has, by a pattern of the name of its class: one file of each row. The first that fits counts.
+FILES = {
+    "Scheduler": [("scheduler_config.json",)],
+    "ByT5Tokenizer": [("tokenizer_config.json",)],  # its words are bytes
+    "Tokenizer": [("tokenizer_config.json",), VOCABULARIES],
+    "Processor|FeatureExtractor": [("preprocessor_config.json", "*processor_config.json")],
+    "": [("config.json",), ("*.safetensors", "*.bin")],
+}
 
 
 class _Fault(Exception):
@@ -49,11 +51,10 @@ class _Fault(Exception):
 def find_fault(folder: Path) -> str | None:
     """What is missing or broken in a checkpoint folder in diffusers format; None if it is complete.
 
-    It reads the list of components, the names of the files and the headers of the weights: milliseconds at any size.
+    It reads the names of all files, the JSON files and the headers of the weights: a moment at any size.
     """
     try:
-        index = _read_json(folder / "model_index.json")
-        for name, entry in index.items():
+        for name, entry in _read_json(folder / "model_index.json").items():
             # A component is [library, class]; [null, null] is one that this pipeline does without.
             if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
                 if not (folder / name).is_dir():
@@ -67,100 +68,51 @@ def find_fault(folder: Path) -> str | None:
 
 
 def _check_component(folder: Path, kind: str) -> None:
-    """Raises _Fault if a file of a component of the class `kind` is missing or broken."""
+    """Raise _Fault if a file of a component of the class `kind` is missing or broken."""
     here = f"{folder.name}/"
-    if kind.endswith("Scheduler"):
-        _read_json(folder / "scheduler_config.json", here)
-    elif "Tokenizer" in kind:
-        _read_json(folder / "tokenizer_config.json", here)
-        vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-        found = [folder / file for file in vocabularies if (folder / file).is_file()]
-        if not found and not kind.startswith("ByT5"):  # its words are bytes
-            raise _Fault(f"{here}tokenizer.json is missing")
-        for file in found:
-            if not _ends_well(file):
-                raise _Fault(f"{here}{file.name} is cut short")
-    elif kind.endswith(("Processor", "FeatureExtractor")):
-        configs = [file for file in folder.glob("*processor_config.json")]
-        _read_json(configs[0] if configs else folder / "preprocessor_config.json", here)
-    else:
-        _read_json(folder / "config.json", here)
-        for index in folder.glob("*.index*.json"):
-            shards = _read_json(index, here).get("weight_map")
+    for row in next(rows for pattern, rows in FILES.items() if re.search(pattern, kind)):
+        if not any(file.is_file() for pattern in row for file in folder.glob(pattern)):
+            raise _Fault(f"{here}{row[0]} is missing")
+    for file in sorted(folder.glob("*.json")):
+        content = _read_json(file, here, (dict, list))
+        if ".index" in file.name:
+            shards = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(shards, dict):
-                raise _Fault(f"{here}{index.name} cannot be read")
+                raise _Fault(f"{here}{file.name} cannot be read")
             for shard in sorted(set(shards.values())):
                 if not (folder / shard).is_file():
                     raise _Fault(f"{here}{shard} is missing")
-        # Without safetensors, diffusers and transformers read the older *.bin.
-        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        if not weights:
-            raise _Fault(f"{here}*.safetensors is missing")
-        for file in weights:
-            if not (_is_whole(file) if file.suffix == ".safetensors" else file.stat().st_size):
-                raise _Fault(f"{here}{file.name} is cut short")
+    # Without safetensors, diffusers and transformers read the older *.bin.
+    for file in sorted(folder.glob("*.safetensors")) or folder.glob("*.bin"):
+        if not (_is_whole(file) if file.suffix == ".safetensors" else file.stat().st_size):
+            raise _Fault(f"{here}{file.name} is cut short")
 
 
-def _read_json(file: Path, here: str = "") -> dict[str, Any]:
-    """The object in a JSON file; `here` stands before its name in the fault."""
+def _read_json(file: Path, here: str = "", kinds: type | tuple[type, ...] = dict) -> Any:
+    """What a JSON file holds, which must be of one of the `kinds`; `here` stands before its name in the fault."""
     if not file.is_file():
         raise _Fault(f"{here}{file.name} is missing")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, kinds):
         raise _Fault(f"{here}{file.name} cannot be read")
     return content
 
 
-def _ends_well(file: Path) -> bool:
-    """Whether a vocabulary is not empty and, if it is JSON of up to tens of MB, has its last bracket."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        stream.seek(max(0, size - 16))
-        end = stream.read().rstrip()
-    return end.endswith(b"}") if file.suffix == ".json" else size > 0
-
-
 def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says.
-
-    Eight bytes give the length of a JSON header, which gives the end of each tensor behind it
-    (https://huggingface.co/docs/safetensors/index#format).
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            return False
-        try:
-            header = json.loads(stream.read(length))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            return False
-    return size == 8 + length + max(ends, default=0)
-
-
-def check_folder(folder: Path, index_only: bool = False) -> None:
-    """Check that a folder is a complete checkpoint; with `index_only`, that it has a readable model_index.json.
-
-    Raises:
-        TutorialError: it is not.
-    """
-    fault = find_fault(folder)
-    if fault is not None and (fault.startswith("model_index.json") or not index_only):
-        raise TutorialError(
-            f"{folder} is no complete checkpoint of a diffusers pipeline ({fault}): restore it, download it again, or "
-            "give another folder or a repository id such as stabilityai/stable-diffusion-3.5-medium."
-        )
+    """Whether a safetensors file is as long as its header says."""
+    with file.open("rb"), contextlib.suppress(SafetensorError):  # safe_open calls a file missing that it may not read
+        with safe_open(file, "np"):
+            return True
+    return False
 
 
 def find_on_hub(repo_id: str, instead: str = ANOTHER) -> str:
     """Folder of `repo_id` in the local cache if all of it is there, else `repo_id`, once a download can succeed.
 
-    Raises:
-        TutorialError: it cannot; `instead` is the way out that needs no download.
+    Raises TutorialError if it cannot; `instead` is the way out that needs no download.
     """
     try:
         folder = snapshot_download(repo_id, local_files_only=True)
@@ -173,68 +125,47 @@ def find_on_hub(repo_id: str, instead: str = ANOTHER) -> str:
 
     with hub_errors(repo_id, instead):
         auth_check(repo_id)
-        needed = _missing_bytes(repo_id)
+        # A pipeline loads from subfolders, not single-file weights; and one format of several, where there are several.
+        wanted = [(file, size) for file, size in hub_files(repo_id) if "/" in file]
+        main = [entry for entry in wanted if entry[0].endswith(".safetensors") and ".fp16" not in entry[0]]
+        missing = [size for file, size in main or wanted if not isinstance(try_to_load_from_cache(repo_id, file), str)]
     cache = Path(constants.HF_HUB_CACHE)
     files.check_writable(cache, f"{OTHER_CACHE}, or {instead}")
-    files.check_space(cache, needed, repo_id, f"set HF_HOME to a folder on a larger disk, or {instead}")
+    files.check_space(cache, sum(missing), repo_id, f"set HF_HOME to a folder on a larger disk, or {instead}")
     return repo_id
 
 
-def read_hub_json(repo_id: str, file: str) -> dict[str, Any]:
-    """A small JSON file of a repository, from the local cache if nothing newer can be had.
-
-    Raises:
-        TutorialError: the Hub cannot be reached, or does not give it.
-    """
-    with hub_errors(repo_id):
-        return json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
-
-
 def hub_files(repo_id: str) -> list[tuple[str, int]]:
-    """Name and size in bytes of each file of a repository.
-
-    Raises:
-        TutorialError: the Hub cannot be reached, or does not tell.
-    """
-    with hub_errors(repo_id):
-        siblings = HfApi().model_info(repo_id, files_metadata=True).siblings or []
+    """Name and size in bytes of each file of a repository. Call it, as the Hub in general, within `hub_errors`."""
+    siblings = HfApi().model_info(repo_id, files_metadata=True).siblings or []
     return [(file.rfilename, file.size or 0) for file in siblings]
 
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str, instead: str = ANOTHER) -> Iterator[None]:
-    """Whatever the Hub, or the way to it, refuses in the block ends in one sentence.
-
-    Raises:
-        TutorialError: that sentence.
-    """
-    log_in = f"log in again with `hf auth login`, or {instead}"
+    """Whatever the Hub, or the way to it, refuses in the block ends in one sentence: a TutorialError."""
     token = get_token()
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
+    log_in = f"log in again with `hf auth login`, or {instead}"
+    accept = f"accept its licence at https://huggingface.co/{repo_id}"
+    gated = f"your account has not accepted its licence: {accept}"
+    if token is None:
+        gated = f"you are not logged in: {accept} and log in with `hf auth login`"
+    elif not re.fullmatch(r"[!-~]+", token):
         raise TutorialError(f"Your token for the Hub has characters that no token has: {log_in}.")
+    sentences = {  # the first one that fits
+        GatedRepoError: f"{repo_id} is gated and {gated}, or {instead}.",
+        RepositoryNotFoundError: f"The Hub does not show {repo_id} to you, because there is none or your token is "
+        f"missing or invalid: check the name, {log_in}.",
+        RemoteEntryNotFoundError: f"{repo_id} is no diffusers pipeline, without model_index.json: {instead}.",
+        OfflineModeIsEnabled: f"{repo_id} is not complete in the local cache and offline mode is on: unset "
+        f"HF_HUB_OFFLINE to download it, or {instead}.",
+    }
     try:
         yield
-    except GatedRepoError:
-        page = f"https://huggingface.co/{repo_id}"
-        if token is None:
-            problem, action = "you are not logged in", f"accept its licence at {page} and log in with `hf auth login`"
-        else:
-            problem, action = "your account has not accepted its licence", f"accept it at {page}"
-        raise TutorialError(f"{repo_id} is gated and {problem}: {action}, or {instead}.") from None
-    except RepositoryNotFoundError:
-        raise TutorialError(
-            f"The Hub does not show {repo_id} to you, because there is none or your token is missing or invalid: check "
-            f"the name, {log_in}."
-        ) from None
-    except OfflineModeIsEnabled:
-        raise TutorialError(
-            f"{repo_id} is not complete in the local cache and offline mode is on: unset HF_HUB_OFFLINE to download "
-            f"it, or {instead}."
-        ) from None
+    except tuple(sentences) as error:
+        raise TutorialError(next(text for kind, text in sentences.items() if isinstance(error, kind))) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if isinstance(error, EntryNotFoundError):
-            raise TutorialError(f"{repo_id} is no diffusers pipeline, without model_index.json: {instead}.") from None
         if status in (401, 403):
             raise TutorialError(f"The Hub refuses your token for {repo_id} (status {status}): {log_in}.") from None
         raise TutorialError(f"The Hub fails for {repo_id} (status {status}): try again later, or {instead}.") from None
@@ -250,24 +181,14 @@ def hub_errors(repo_id: str, instead: str = ANOTHER) -> Iterator[None]:
         ) from None
 
 
-def _missing_bytes(repo_id: str) -> int:
-    """Bytes of `repo_id` that are still to be downloaded. A pipeline loads from subfolders, not single-file weights."""
-    wanted = [(file, size) for file, size in hub_files(repo_id) if "/" in file]
-    # One format of several, where there are several.
-    main = [entry for entry in wanted if entry[0].endswith(".safetensors") and ".fp16" not in entry[0]]
-    return sum(size for file, size in main or wanted if not isinstance(try_to_load_from_cache(repo_id, file), str))
-
-
 def check_versions() -> None:
     """Check that the libraries in MODEL_LIBRARIES are in the ranges of `pyproject.toml`.
 
-    Raises:
-        TutorialError: one is missing, too old, or too new.
+    Raises TutorialError if one is missing, too old, or too new.
     """
     for requirement in _requirements():
-        if requirement.name not in MODEL_LIBRARIES:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if requirement.name not in MODEL_LIBRARIES or (marker and not marker.evaluate({"extra": ""})):
             continue
         needed = f"{requirement.name}{requirement.specifier}"
         command = f'run `python -m pip install --upgrade "{needed}"` and restart the kernel'

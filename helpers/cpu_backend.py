@@ -1,11 +1,10 @@
 """Lets the bitsandbytes path of diffusers run on a machine with no GPU.
 
 bitsandbytes quantizes to nf4 and computes with it on a CPU, and transformers allows that; diffusers 0.42 refuses to
-load a 4-bit model without a GPU. `enable` puts a subclass that accepts the CPU into the table in which diffusers, and
-transformers likewise, looks up its quantizers. With a GPU it changes nothing.
+load a 4-bit model without a GPU. `enable` puts a subclass that accepts the CPU into the table in which diffusers looks
+up its quantizers. With a GPU it changes nothing.
 """
 
-import subprocess
 from typing import Any
 
 import torch
@@ -24,11 +23,14 @@ def enable() -> None:
         return
 
     # Imported here, so that a machine with a GPU pays nothing for it.
-    import diffusers.quantizers.auto
-    import transformers.quantizers.auto
+    import bitsandbytes.nn.modules
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
     from diffusers.quantizers.bitsandbytes.utils import dequantize_and_replace
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    # On CPUs with AVX512-BF16, `Linear4bit` changes the layout of its weight inside the first forward. torch.compile
+    # has by then recorded the old one, and fails with a size/stride assertion; and the kernel rounds in another way.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
     class CPUBnB4BitDiffusersQuantizer(BnB4BitDiffusersQuantizer):
         """diffusers' nf4 quantizer for a machine with no GPU."""
@@ -39,43 +41,13 @@ def enable() -> None:
         def update_device_map(self, device_map: dict | None) -> dict:
             return {"": "cpu"} if device_map is None else device_map
 
-        def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs):
-            return keep_nf4_layout(super()._process_model_after_weight_loading(model, **kwargs))
-
         def _dequantize(self, model: torch.nn.Module):
             # The parent moves a model that is on the CPU to the GPU first.
-            return dequantize_and_replace(
-                model, self.modules_to_not_convert, quantization_config=self.quantization_config
-            )
+            skipped = self.modules_to_not_convert
+            return dequantize_and_replace(model, skipped, quantization_config=self.quantization_config)
 
-    class CPUBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
-        """transformers' nf4 quantizer, which runs on a CPU, with the layout of the weights kept as on a GPU."""
-
-        def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs):
-            return keep_nf4_layout(super()._process_model_after_weight_loading(model, **kwargs))
-
-    # `transformers.quantizers.auto.register_quantizer` only adds new names; these replace an entry, once.
-    for mapping, ours in (
-        (diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING, CPUBnB4BitDiffusersQuantizer),
-        (transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING, CPUBnb4BitHfQuantizer),
-    ):
-        if mapping["bitsandbytes_4bit"] is ours.__base__:
-            mapping["bitsandbytes_4bit"] = ours
-
-
-def keep_nf4_layout(module: torch.nn.Module) -> torch.nn.Module:
-    """Switch off the repacking of nf4 weights that bitsandbytes does on CPUs with AVX512-BF16. Returns `module`.
-
-    There, `Linear4bit` changes the layout of its weight inside the first forward. torch.compile has by then recorded
-    the old layout, and fails with a size/stride assertion; and the repacked kernel rounds differently from other CPUs.
-    Models that `enable` lets load have it off already: call this only for a `Linear4bit` that you build yourself.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for layer in module.modules():
-        if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
-    return module
+    if AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is BnB4BitDiffusersQuantizer:
+        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = CPUBnB4BitDiffusersQuantizer
 
 
 def fix_sequential_offload(pipeline: Any) -> None:
@@ -97,25 +69,18 @@ def fix_sequential_offload(pipeline: Any) -> None:
 def check_compiler() -> None:
     """Check that torch.compile will find a C++ compiler, which it needs on a CPU and not on a GPU.
 
-    It looks where TorchInductor looks: `torch._inductor.config.cpp.cxx`, which is `CXX` if that is set, else g++
-    (https://docs.pytorch.org/docs/stable/torch.compiler_faq.html).
-
-    Raises:
-        TutorialError: there is none.
+    TorchInductor itself looks: for the compiler that the environment variable CXX names, else for g++
+    (https://docs.pytorch.org/docs/stable/torch.compiler_faq.html). Raises TutorialError if there is none.
     """
     if has_gpu():
         return
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
-    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else [config.cpp.cxx]
-    names = [name for name in candidates if name is not None]  # None stands for an optional download from conda
-    for name in names:
-        try:
-            subprocess.run([name, "--version"], capture_output=True, check=True)
-            return
-        except (OSError, subprocess.SubprocessError):
-            continue
-    raise TutorialError(
-        f"torch.compile on a CPU needs a C++ compiler and {' or '.join(names)} was not found: install one with "
-        "`sudo apt install g++`, or set the environment variable CXX to yours, and restart the kernel."
-    )
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (RuntimeError, OSError):
+        name = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]  # the first is one from conda
+        raise TutorialError(
+            f"torch.compile on a CPU needs a C++ compiler and {name} was not found: install one with "
+            "`sudo apt install g++`, or set the environment variable CXX to yours, and restart the kernel."
+        ) from None

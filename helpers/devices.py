@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import gc
 import platform
-import subprocess
 import traceback
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 from helpers.errors import TutorialError
 
@@ -61,10 +61,7 @@ def free_memory() -> float:
 
 
 def weights_alive_gb() -> float:
-    """GB of the parameters that something still refers to, on any device: after `free_memory` it should be 0.
-
-    It counts on a CPU too, where `memory_gb` cannot tell weights from the rest of the process.
-    """
+    """GB of the parameters that something still refers to, on any device, a CPU too: 0 after `free_memory`."""
     # By their type: asking an object itself, as isinstance does, would wake what is imported lazily.
     weights = [entry for entry in gc.get_objects() if issubclass(type(entry), torch.nn.Parameter)]
     return sum(weight.nbytes for weight in weights if weight.device.type != "meta") / GB
@@ -73,8 +70,8 @@ def weights_alive_gb() -> float:
 def footprint(module: torch.nn.Module) -> dict[str, int]:
     """Bytes of the weights of `module` by kind, largest first: a dtype such as "bfloat16", "nf4", or "quant_state".
 
-    "nf4" (or "fp4") are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them:
-    one scale (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
+    "nf4" are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them: one scale
+    (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
     """
     seen = set()
     sizes: dict[str, int] = {}
@@ -123,50 +120,43 @@ def component_modules(pipeline: Any) -> dict[str, torch.nn.Module]:
 def out_of_memory(
     technique: str = "an offloading technique of the next lessons, or a smaller height and width",
 ) -> Iterator[None]:
-    """Turn `torch.OutOfMemoryError` inside the block into one sentence, and free what the block had allocated.
+    """Turn `torch.OutOfMemoryError` in the block into a TutorialError, and free what the block had allocated.
 
     `technique` says what needs less memory: it completes "use ...".
-
-    Raises:
-        TutorialError: the accelerator ran out of memory.
     """
-    message = None
     try:
         yield
+        return
     except torch.OutOfMemoryError as error:
         # The traceback holds on to the local variables of every frame, and with them to the tensors.
         traceback.clear_frames(error.__traceback__)
         message = f"The accelerator is out of memory ({card()}): use {technique}, then restart the kernel."
-    if message is not None:
-        free_memory()
-        raise TutorialError(message) from None
+    free_memory()
+    raise TutorialError(message)
 
 
 def card() -> str:
     """Name and memory of the accelerator, for a sentence."""
     if not has_memory_statistics():
         return device_name()
-    free, total = torch.get_device_module(accelerator()).mem_get_info()
+    free, total = torch.accelerator.get_memory_info()
     return f"{device_name()}, {free / GB:.1f} of {total / GB:.1f} GB free"
 
 
 def environment() -> dict[str, str | None]:
     """Device, driver and versions of the libraries, by the field names of `Measurement`."""
     versions = {name: metadata.version(name) for name in ("diffusers", "transformers", "bitsandbytes")}
+    driver = get_nvidia_driver_version(run) if accelerator().type == "cuda" else None
     # Unlike its metadata, torch itself always names its build, such as +cpu.
-    return {"device": device_name(), "driver": _driver_version(), "torch": str(torch.__version__), **versions}
+    return {"device": device_name(), "driver": driver, "torch": str(torch.__version__), **versions}
 
 
 def device_name() -> str:
     """Name of the accelerator, or of the CPU with the number of threads that PyTorch uses."""
     device = accelerator()
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    if device.type == "xpu":
-        return torch.xpu.get_device_name()
     if device.type == "cpu":
         return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return device.type
+    return torch.get_device_module(device).get_device_name() if has_memory_statistics() else device.type
 
 
 def _cpu_name() -> str:
@@ -175,15 +165,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _driver_version() -> str | None:
-    """Version of the NVIDIA driver; None without one."""
-    if accelerator().type != "cuda" or torch.version.hip is not None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return output.split("\n", 1)[0].strip() or None

@@ -25,5 +25,5 @@ def describe_end(returncode: int | None) -> str:
         return f"ended by itself (exit status {returncode})"
     name = signal.Signals(-returncode).name
     if name == "SIGKILL":
-        return "was killed (SIGKILL), most often because memory ran out"
+        return "was killed (SIGKILL), most often because host memory ran out"
     return f"was stopped by {name}"

@@ -40,8 +40,7 @@ def cannot_write(path: str | Path, error: OSError, elsewhere: str) -> TutorialEr
 def check_writable(folder: Path, elsewhere: str) -> None:
     """Make the folder if it is missing, and check that a file can be written there. Call it before long work.
 
-    Raises:
-        TutorialError: it cannot; the sentence says why, and `elsewhere` as in `cannot_write`.
+    Raises TutorialError if it cannot: the sentence says why, and `elsewhere` as in `cannot_write`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,11 +52,7 @@ def check_writable(folder: Path, elsewhere: str) -> None:
 
 
 def check_space(folder: Path, needed: float, what: str, elsewhere: str) -> None:
-    """Check that the disk of `folder`, which may be missing yet, has `needed` bytes free for `what`.
-
-    Raises:
-        TutorialError: it has not.
-    """
+    """Raise TutorialError unless the disk of `folder`, which may be missing yet, has `needed` bytes free for `what`."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -69,8 +64,7 @@ def check_space(folder: Path, needed: float, what: str, elsewhere: str) -> None:
 def write_text(path: str | Path, text: str, elsewhere: str = "choose another folder") -> None:
     """Write a text file in one go: a stop half-way, or a full disk, leaves the old file as it was.
 
-    Raises:
-        TutorialError: it cannot be written.
+    Raises TutorialError if it cannot be written.
     """
     part = Path(path).with_suffix(".part")
     try:

@@ -18,8 +18,8 @@ def stop_with(parent: int) -> None:
     os._exit(1)
 
 
-def main(job_file: str, result_file: str, parent: str) -> None:
-    """Call the function in the job; write what it returns."""
+if __name__ == "__main__":
+    job_file, result_file, parent = sys.argv[1:]
     # Told, not asked: the parent may have ended by now. On Windows the launcher of a virtual environment is in between.
     parent_id = int(parent) if os.name == "posix" else os.getppid()
     threading.Thread(target=stop_with, args=[parent_id], daemon=True).start()
@@ -27,7 +27,3 @@ def main(job_file: str, result_file: str, parent: str) -> None:
         sys.path[:] = pickle.load(job)
         function, arguments = pickle.load(job)
     Path(result_file).write_bytes(pickle.dumps(function(**arguments)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -5,6 +5,7 @@ allocator, and None on a machine with no accelerator. The host figure is the res
 """
 
 import contextlib
+import itertools
 import statistics
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -19,65 +21,54 @@ import torch
 from helpers.devices import GB, accelerator, has_memory_statistics, synchronize
 
 
-class _HostPeak:
-    """Highest resident memory of this process between `start` and `stop`.
+def _watch_host() -> Callable[[], float]:
+    """Watch the resident memory of this process. What it returns is to be called at the end: it gives the peak in GB.
 
     On Linux the kernel keeps that figure (VmHWM) and lets a process reset it, so no short peak is missed
     (https://docs.kernel.org/filesystems/proc.html, clear_refs). Elsewhere a thread looks every 5 ms.
     """
+    with contextlib.suppress(OSError, LookupError):
+        Path("/proc/self/clear_refs").write_text("5")
+        _kernel_peak_gb()
+        return _kernel_peak_gb
+    memory_info, finished = psutil.Process().memory_info, threading.Event()
+    highest = memory_info().rss
 
-    def start(self) -> None:
-        self._process = psutil.Process()
-        self._thread = None
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._read_kernel_peak()
-        except (OSError, LookupError):
-            self._highest = self._process.memory_info().rss
-            self._finished = threading.Event()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+    def watch() -> None:
+        nonlocal highest
+        while not finished.wait(0.005):
+            highest = max(highest, memory_info().rss)
 
-    def stop(self) -> float:
-        """The peak in GB."""
-        if self._thread is None:
-            return self._read_kernel_peak() / GB
-        self._finished.set()
-        self._thread.join()
-        return self._highest / GB
+    def stop() -> float:
+        finished.set()
+        thread.join()
+        return highest / GB
 
-    def _watch(self) -> None:
-        while not self._finished.wait(0.005):
-            self._highest = max(self._highest, self._process.memory_info().rss)
-
-    def _read_kernel_peak(self) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        status = dict(line.split(":", 1) for line in lines if ":" in line)
-        return int(status["VmHWM"].removesuffix("kB")) * 1024
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return stop
 
 
-@dataclass
-class _Peaks:
-    accelerator_gb: float | None = None
-    host_gb: float = 0.0
+def _kernel_peak_gb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GB
 
 
 @contextlib.contextmanager
-def _peaks() -> Iterator[_Peaks]:
-    """Peaks of the block; the fields hold once it is left."""
-    peaks = _Peaks()
-    host = _HostPeak()
+def _peaks() -> Iterator[dict[str, float | None]]:
+    """Peaks of the block in GB, once it is left: of the "accelerator" (None without one), and of the "host"."""
+    peaks = {"accelerator": None}
     synchronize()
     if has_memory_statistics():
         torch.accelerator.reset_peak_memory_stats()
-    host.start()
+    stop = _watch_host()
     try:
         yield peaks
     finally:
         synchronize()
-        peaks.host_gb = host.stop()
+        peaks["host"] = stop()
         if has_memory_statistics():
-            peaks.accelerator_gb = torch.accelerator.max_memory_allocated() / GB
+            peaks["accelerator"] = torch.accelerator.max_memory_allocated() / GB
 
 
 @dataclass(frozen=True)
@@ -91,11 +82,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """What running took. Fields as in `Measurement`, besides all latencies, and what the last call returned."""
+    """What running took, and what the last call returned. Other fields as in `Measurement`."""
 
     first_call_s: float
     latency_s: float
-    latencies: tuple[float, ...]
+    latencies_s: list[float]
     step_ms: float | None
     run_peak_gb: float | None
     host_peak_gb: float
@@ -110,7 +101,7 @@ def measure_load(function: Callable[[], Any]) -> tuple[Any, Load]:
         pipeline = function()
         synchronize()
         load_s = time.perf_counter() - start
-    return pipeline, Load(load_s, peaks.accelerator_gb, peaks.host_gb)
+    return pipeline, Load(load_s, peaks["accelerator"], peaks["host"])
 
 
 def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0, pipeline: Any | None = None) -> Run:
@@ -119,14 +110,11 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
     The first call, compilation included, gives `first_call_s`; the `warmups` after it count for nothing; `latency_s`
     is the median of the `repeats`. The peaks are over all of them. With `pipeline`, the same calls also give `step_ms`,
     the median time from the end of one denoising step to the end of the next in the repeats; None with fewer than two
-    steps, or with no scheduler.
-
-    Raises:
-        ValueError: `repeats` is below 1.
+    steps. Raises ValueError if `repeats` is below 1.
     """
     if repeats < 1:
         raise ValueError("repeats must be at least 1")
-    seconds = []
+    seconds: list[float] = []
     steps: list[float] = []
     with _peaks() as peaks:
         for index in range(1 + warmups + repeats):
@@ -138,14 +126,13 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
                 seconds.append(time.perf_counter() - start)
             if index > warmups:
                 steps += interval_ms
-    latencies = tuple(seconds[1 + warmups :])
     return Run(
         first_call_s=seconds[0],
-        latency_s=statistics.median(latencies),
-        latencies=latencies,
+        latency_s=statistics.median(seconds[1 + warmups :]),
+        latencies_s=seconds[1 + warmups :],
         step_ms=statistics.median(steps) if steps else None,
-        run_peak_gb=peaks.accelerator_gb,
-        host_peak_gb=peaks.host_gb,
+        run_peak_gb=peaks["accelerator"],
+        host_peak_gb=peaks["host"],
         output=output,
         warmups=warmups,
     )
@@ -174,39 +161,26 @@ def _record_steps(pipeline: Any | None) -> Iterator[list[float]]:
             event.record()
             marks.append(event)
 
+    def rounds(bar: Iterable) -> Iterator:
+        for entry in bar:
+            yield entry
+            mark()
+
     def progress_bar(iterable: Iterable | None = None, *args: Any, **kwargs: Any) -> Any:
-        watched = None if iterable is None else _Watched(iterable, mark)
-        bar = type(pipeline).progress_bar(pipeline, watched, *args, **kwargs)
+        bar = type(pipeline).progress_bar(pipeline, iterable, *args, **kwargs)
+        if iterable is not None:  # the loop is over the bar, which moves itself on
+            return rounds(bar)
         update = bar.update
 
         def update_and_mark(*args: Any, **kwargs: Any) -> Any:
-            if watched is None:  # else the bar updates itself, now and then
-                mark()
+            mark()
             return update(*args, **kwargs)
 
         bar.update = update_and_mark
         return bar
 
-    pipeline.progress_bar = progress_bar
-    try:
+    with mock.patch.object(pipeline, "progress_bar", progress_bar):
         yield intervals
-    finally:
-        del pipeline.progress_bar
-        synchronize()
-        for earlier, later in zip(marks, marks[1:], strict=False):
-            intervals.append((later - earlier) * 1e3 if device.type == "cpu" else earlier.elapsed_time(later))
-
-
-class _Watched:
-    """An iterable, such as the timesteps of a loop, that says when each of its rounds is over."""
-
-    def __init__(self, iterable: Iterable, mark: Callable[[], None]) -> None:
-        self.iterable, self.mark = iterable, mark
-
-    def __len__(self) -> int:
-        return len(self.iterable)
-
-    def __iter__(self) -> Iterator:
-        for entry in self.iterable:
-            yield entry
-            self.mark()
+    synchronize()
+    for earlier, later in itertools.pairwise(marks):
+        intervals.append((later - earlier) * 1e3 if device.type == "cpu" else earlier.elapsed_time(later))

@@ -15,11 +15,12 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
 
 from helpers import cpu_backend, devices
 from helpers.checkpoints import Checkpoint
-from helpers.errors import TutorialError
+from helpers.errors import TutorialError, describe_end
 from helpers.measure import measure_load, measure_run
 from helpers.records import Measurement, measurement
 
@@ -33,11 +34,8 @@ def run_in_fresh_process(
     """Call `function` with the keyword `arguments` in a new Python process, and return what it returns.
 
     The function travels by cloudpickle (https://github.com/cloudpipe/cloudpickle): one that a notebook defines goes
-    with the variables that it uses. Errors call it `name`, or by the name of the function.
-
-    Raises:
-        TutorialError: the process failed, ran out of memory or took longer than `timeout_s`. What it wrote to stderr is
-            written to stderr here.
+    with the variables that it uses. Raises TutorialError if the process fails, runs out of memory or takes longer than
+    `timeout_s`: it calls the function `name`, else by its own, and what the process wrote is written here.
     """
     name = name or function.__name__
     # The path comes first: what is behind it may need it to be read.
@@ -79,37 +77,28 @@ def measure_in_fresh_process(
     `load` returns the pipeline, ready to be called; or the pipeline and a dictionary of arguments to call it with
     besides those of the checkpoint, of which None removes one. `repeats` and `warmups` are those of `measure_run`. With
     `picture`, a file name ending in .png, the last image is written there, a video as its frames in a row. Height,
-    width and frames of the measurement are those of what was drawn. A picture that cannot be written is missing.
-
-    Raises:
-        TutorialError: as `run_in_fresh_process`.
+    width and frames of the measurement are those of what was drawn. A picture that cannot be written is missing. Raises
+    TutorialError as `run_in_fresh_process`.
     """
     picture = None if picture is None else Path(picture).absolute()
 
     def load_and_run() -> Measurement:
         cpu_backend.enable()
-        return _load_and_run(lambda: load(**(arguments or {})), checkpoint, name, repeats, warmups, picture)
+        loaded, load_figures = measure_load(lambda: load(**(arguments or {})))
+        pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
+        pipeline.set_progress_bar_config(disable=True)
+        call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
+
+        def draw() -> Any:
+            return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
+
+        run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
+        drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
+        drawn["steps"] = call.get("num_inference_steps")
+        drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
+        return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
 
     return run_in_fresh_process(load_and_run, timeout_s=timeout_s, name=name)
-
-
-def _load_and_run(
-    load: Callable[[], Any], checkpoint: Checkpoint, name: str, repeats: int, warmups: int, picture: Path | None
-) -> Measurement:
-    """What `measure_in_fresh_process` does in the other process."""
-    loaded, load_figures = measure_load(load)
-    pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
-    pipeline.set_progress_bar_config(disable=True)
-    call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
-
-    def draw() -> Any:
-        return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
-
-    run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
-    drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
-    drawn["steps"] = call.get("num_inference_steps")
-    drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
-    return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
 
 
 def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | None]:
@@ -118,32 +107,22 @@ def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | 
     if kind is None:
         raise TutorialError(f"{type(pipeline).__name__} returns neither images nor frames: measure another checkpoint.")
     drawn = getattr(output, kind)
-    frames = [_as_picture(frame) for frame in (drawn[0] if kind == "frames" else drawn[:1])]
+    frames = drawn[0] if kind == "frames" else drawn[:1]
+    if not isinstance(frames[0], Image.Image):
+        frames = numpy_to_pil(np.asarray(frames))  # video pipelines return floats in 0..1
     if picture is not None:
-        row = Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1))
         with contextlib.suppress(OSError):  # what was measured is worth more than the picture
-            row.save(picture)
+            make_image_grid(frames, 1, len(frames)).save(picture)
     count = len(frames) if kind == "frames" else None
     return {"height": frames[0].height, "width": frames[0].width, "frames": count}
-
-
-def _as_picture(frame: Image.Image | np.ndarray) -> Image.Image:
-    """A frame as a picture; video pipelines return arrays of floats in 0..1 or pictures."""
-    if isinstance(frame, Image.Image):
-        return frame
-    return Image.fromarray((255 * np.nan_to_num(frame)).round().clip(0, 255).astype(np.uint8))
 
 
 def explain_failure(name: str, returncode: int, stderr: str) -> str:
     """One sentence for a process that failed, by its exit status and what it wrote to stderr."""
     if returncode < 0:
-        reason = signal.Signals(-returncode).name
-        if reason == "SIGKILL":
-            return (
-                f"{name} was killed in its own process (SIGKILL), most often because host memory ran out: close other "
-                "programs or use a smaller checkpoint."
-            )
-        return f"{name} was stopped in its own process by {reason}: see the output above."
+        killed = returncode == -signal.SIGKILL
+        advice = "close other programs or use a smaller checkpoint" if killed else "see the output above"
+        return f"{name} {describe_end(returncode)}: {advice}."
     lines = [line for line in stderr.splitlines() if line.strip()] or [f"exit status {returncode}"]
     # The first line of the last error: its message may go on for many.
     errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]

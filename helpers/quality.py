@@ -4,7 +4,6 @@ They compare pixel by pixel: they say how much a technique changed a picture tha
 prompt. They say nothing about which of the two is better, or whether a prompt was followed.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +16,7 @@ def image_distance(a: Picture, b: Picture) -> float:
     """Mean absolute difference over all pixels and channels, in levels of 0 to 255. 0 means identical.
 
     Each is a PIL image, or an array of shape (height, width[, channels]), integers in 0..255 or floats in 0..1.
-
-    Raises:
-        ValueError: the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     first, second = _levels(a), _levels(b)
     if first.shape != second.shape:
@@ -27,23 +24,10 @@ def image_distance(a: Picture, b: Picture) -> float:
     return float(np.abs(first - second).mean())
 
 
-def psnr(a: Picture, b: Picture) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(255² / mean squared difference). Infinite for identical pictures.
-
-    Arguments and errors as for `image_distance`. Large errors of a few pixels weigh more here.
-    """
-    first, second = _levels(a), _levels(b)
-    if first.shape != second.shape:
-        raise ValueError(f"pictures of shapes {first.shape} and {second.shape} cannot be compared")
-    squared = float(np.square(first - second).mean())
-    return 10 * math.log10(255**2 / squared) if squared else math.inf
-
-
 def video_distance(a: Sequence[Picture], b: Sequence[Picture]) -> float:
     """Mean `image_distance` over the frames: lists of pictures, or arrays of shape (frames, height, width, channels).
 
-    Raises:
-        ValueError: there are no frames, or their numbers or shapes differ.
+    Raises ValueError if there are no frames, or their numbers or shapes differ.
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"videos of {len(a)} and {len(b)} frames cannot be compared")

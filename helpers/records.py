@@ -1,16 +1,14 @@
-"""A measurement as a record: its fields, JSON files of records, where and with what they were measured."""
+"""A measurement as a record: its fields, tables of records, where and with what they were measured."""
 
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import files
 from helpers.checkpoints import Checkpoint
 from helpers.devices import GB, component_footprints, environment
-from helpers.errors import TutorialError
 from helpers.measure import Load, Run
 
 if TYPE_CHECKING:
@@ -21,34 +19,18 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One configuration, measured. What a table shows is a field here.
+    """One configuration, measured. What a table shows is a field here."""
 
-    Attributes:
-        name: what was combined, such as "nf4 + compile".
-        load_s: from_pretrained until ready.
-        first_call_s: the first call, compilation included.
-        latency_s: median of the later calls.
-        step_ms: median denoising step.
-        load_peak_gb, run_peak_gb: highest allocated accelerator memory while loading, while running; None on a CPU.
-        host_peak_gb: highest resident host memory, loading and running.
-        footprint_gb: bytes of all weights, wherever they are.
-        device to date: where, with what and on what this was measured.
-        warmups, latencies_s: calls after the first that count for nothing; seconds of each of the `repeats` after them.
-        call: what the pipeline was called with: the prompt, and the settings that were not left to it.
-        distance: `helpers.quality` distance of its picture to the one that it is compared with, in levels of 0 to 255.
-        failure: why there are no figures, in one sentence; None if it ran.
-        source: where a figure that was not measured here is published.
-    """
-
-    name: str
-    load_s: float | None = None
-    first_call_s: float | None = None
-    latency_s: float | None = None
-    step_ms: float | None = None
-    load_peak_gb: float | None = None
-    run_peak_gb: float | None = None
-    host_peak_gb: float | None = None
-    footprint_gb: float | None = None
+    name: str  # what was combined, such as "nf4 + compile"
+    load_s: float | None = None  # from_pretrained until ready
+    first_call_s: float | None = None  # the first call, compilation included
+    latency_s: float | None = None  # median of the later calls
+    step_ms: float | None = None  # median denoising step
+    load_peak_gb: float | None = None  # highest allocated accelerator memory while loading; None on a CPU
+    run_peak_gb: float | None = None  # the same while running
+    host_peak_gb: float | None = None  # highest resident host memory, loading and running
+    footprint_gb: float | None = None  # bytes of all weights, wherever they are
+    # Where, with what and on what this was measured.
     device: str | None = None
     driver: str | None = None
     torch: str | None = None
@@ -64,12 +46,12 @@ class Measurement:
     seed: int | None = None
     repeats: int | None = None
     date: str | None = None
-    warmups: int | None = None
-    latencies_s: tuple[float, ...] | None = None
-    call: dict[str, Any] | None = None
-    distance: float | None = None
-    failure: str | None = None
-    source: str | None = None
+    warmups: int | None = None  # calls after the first that count for nothing
+    latencies_s: list[float] | None = None  # of each of the `repeats` after them
+    call: dict[str, Any] | None = None  # what the pipeline was called with, where that was not left to it
+    distance: float | None = None  # of its picture to another, by `helpers.quality`, in levels of 0 to 255
+    failure: str | None = None  # why there are no figures, in one sentence; None if it ran
+    source: str | None = None  # where a figure that was not measured here is published
 
     @property
     def peak_gb(self) -> float | None:
@@ -81,30 +63,6 @@ class Measurement:
     def spread_s(self) -> float | None:
         """The slowest of the later calls less the fastest."""
         return max(self.latencies_s) - min(self.latencies_s) if self.latencies_s else None
-
-    @property
-    def resolution(self) -> str:
-        """Width x height in pixels."""
-        return f"{self.width}x{self.height}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Measurement":
-        """The reverse of `to_dict`.
-
-        Raises:
-            TutorialError: a field is unknown, or `name` is missing.
-        """
-        unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
-        if unknown or "name" not in values:
-            problem = f"has unknown fields ({', '.join(unknown)})" if unknown else "has no field name"
-            raise TutorialError(f"A recorded measurement {problem}: measure it again with this version of the lessons.")
-        if values.get("latencies_s") is not None:
-            values = values | {"latencies_s": tuple(values["latencies_s"])}  # JSON has no tuples
-        return cls(**values)
 
 
 def measurement(
@@ -120,7 +78,6 @@ def measurement(
     `pipeline` gives `footprint_gb`. `changes` are fields that differ from the checkpoint's, such as `steps=4`.
     """
     values: dict[str, Any] = {
-        "name": name,
         **environment(),
         "model": checkpoint.model,
         "checkpoint_size": checkpoint.size,
@@ -133,57 +90,25 @@ def measurement(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
     if load is not None:
-        values |= {"load_s": load.load_s, "load_peak_gb": load.load_peak_gb}
+        values |= vars(load)
     if run is not None:
-        names = ("first_call_s", "latency_s", "step_ms", "run_peak_gb")
-        values |= {entry: getattr(run, entry) for entry in names}
-        values |= {"repeats": len(run.latencies), "warmups": run.warmups, "latencies_s": run.latencies}
+        values |= {field: content for field, content in vars(run).items() if field != "output"}
+        values["repeats"] = len(run.latencies_s)
     values["host_peak_gb"] = max((part.host_peak_gb for part in (load, run) if part is not None), default=None)
     if pipeline is not None:
         values["footprint_gb"] = sum(sum(sizes.values()) for sizes in component_footprints(pipeline).values()) / GB
-    return Measurement(**(values | changes))
-
-
-def save_measurements(
-    measurements: Sequence[Measurement], path: str | Path, new: Sequence[Measurement] | None = None
-) -> None:
-    """Write measurements to a JSON file, one object each; `new` as in `write_json`.
-
-    Raises:
-        TutorialError: the file cannot be written.
-    """
-    write_json(
-        [entry.to_dict() for entry in measurements], path, None if new is None else [row.to_dict() for row in new]
-    )
-
-
-def write_json(content: Any, path: str | Path, new: Any | None = None, indent: int | None = 2) -> None:
-    """Write a JSON file in one go: a stop half-way, or a full disk, leaves the old file as it was.
-
-    Nothing measured is lost: where the file cannot be written, `new`, or all of the content, is printed.
-
-    Raises:
-        TutorialError: the file cannot be written.
-    """
-    try:
-        files.write_text(path, json.dumps(content, indent=indent) + "\n")
-    except TutorialError:
-        print(json.dumps(content if new is None else new), flush=True)
-        raise
+    return Measurement(name, **(values | changes))
 
 
 def load_measurements(path: str | Path) -> list[Measurement]:
-    """Read what `save_measurements` wrote."""
-    return [Measurement.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+    """Read the measurements in a JSON file. Raises TypeError if one has other fields, as from an older version."""
+    return [Measurement(**values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
 
 
 def with_distances(measurements: Sequence[Measurement], path: str | Path) -> list[Measurement]:
-    """The measurements, each with the `distance` of the row of its name in another file.
+    """The measurements, each with the `distance` of the row of its name in another file; KeyError if it has none.
 
     For random weights, whose pictures are noise: the distance is that of the pocket model's picture.
-
-    Raises:
-        KeyError: the file has no row of that name.
     """
     distances = {entry.name: entry.distance for entry in load_measurements(path)}
     return [replace(entry, distance=distances[entry.name]) for entry in measurements]
@@ -192,7 +117,8 @@ def with_distances(measurements: Sequence[Measurement], path: str | Path) -> lis
 def provenance(measurements: Sequence[Measurement]) -> str:
     """Where, with what, on what and when these were measured, in one line. All but the dates are those of the first."""
     first = measurements[0]
-    drawn = first.resolution if first.frames is None else f"{first.frames} frames of {first.resolution}"
+    frames = "" if first.frames is None else f"{first.frames} frames of "
+    drawn = f"{frames}{first.width}x{first.height}"
     repeats = "1 repeat" if first.repeats == 1 else f"{first.repeats} repeats"
     dates = sorted({entry.date for entry in measurements})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -218,14 +144,14 @@ def _texts(values: Sequence[Any], digits: int) -> list[str]:
     words = {None: MISSING, True: "yes", False: "no"}
     numbers = [entry for entry in values if isinstance(entry, (int, float)) and not isinstance(entry, bool)]
     whole = all(isinstance(entry, int) for entry in numbers)
-    places = 0 if whole else decimals(max(abs(entry) for entry in numbers), digits)
-    texts = []
-    for entry in values:
+    places = 0 if whole else decimals(max(map(abs, numbers)), digits)
+
+    def text(entry: Any) -> str:
         if entry is None or isinstance(entry, bool):
-            texts.append(words[entry])
-        else:
-            texts.append(f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry))
-    return texts
+            return words[entry]
+        return f"{entry:.{places}f}" if isinstance(entry, (int, float)) else str(entry)
+
+    return [text(entry) for entry in values]
 
 
 def decimals(number: float, digits: int = 3) -> int:

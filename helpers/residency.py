@@ -1,10 +1,12 @@
 """When each component of a pipeline is on the accelerator."""
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from accelerate.hooks import CpuOffload
@@ -15,23 +17,24 @@ from helpers.errors import TutorialError
 
 @dataclass
 class Residency:
-    """One stay of a component on the accelerator.
+    """One stay of a component on the accelerator; times are seconds since the recording began."""
 
-    Attributes:
-        component: its name in the pipeline.
-        onload_s, offload_s: seconds since the recording began, when its first weight came and its last one left (or the
-            recording ended).
-        bytes: most bytes of it there at once.
-        moved_bytes: bytes copied there in all. Larger than `bytes` where pieces come and go, once for each step.
-        onloads: number of those copies.
-    """
+    component: str  # its name in the pipeline
+    onload_s: float  # when its first weight came
+    offload_s: float  # when its last one left, or the recording ended
+    bytes: int  # most of it there at once
+    moved_bytes: int  # copied there in all: more than `bytes` where pieces come and go, once for each step
+    onloads: int  # number of those copies
+
+
+class _Piece(NamedTuple):
+    """What comes and goes as one: a whole component, or what the methods `onload` and `offload` of `target` move."""
 
     component: str
-    onload_s: float
-    offload_s: float
+    target: Any
     bytes: int
-    moved_bytes: int
-    onloads: int
+    onload: str = ""
+    offload: str = ""
 
 
 class _Recorder:
@@ -39,144 +42,121 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.events: list[Residency] = []
+        self.last: dict[str, Residency] = {}  # by component
+        self.held: dict[str, dict[int, int]] = collections.defaultdict(dict)  # component -> target -> bytes
         self.start = time.perf_counter()
-        self.held: dict[str, dict[int, int]] = {}  # component -> piece -> bytes
 
     def now(self) -> float:
         return time.perf_counter() - self.start
 
-    def already_there(self, component: str, piece: int, size: int) -> None:
-        self.held[component] = {piece: size}
-        self.events.append(Residency(component, 0.0, 0.0, size, 0, 0))
+    def begin(self, component: str, seconds: float) -> None:
+        self.last[component] = Residency(component, seconds, seconds, 0, 0, 0)
+        self.events.append(self.last[component])
 
-    def onload(self, component: str, piece: int, size: int, whole: bool = False) -> None:
-        held = self.held.setdefault(component, {})
-        if piece in held:
+    def already_there(self, piece: _Piece) -> None:
+        self.begin(piece.component, 0.0)
+        self.held[piece.component][id(piece.target)] = self.last[piece.component].bytes = piece.bytes
+
+    def onload(self, piece: _Piece) -> None:
+        held = self.held[piece.component]
+        if id(piece.target) in held:
             return
-        # Pieces of one component that come and go, with no other component in between, are one stay.
-        if not held and (whole or not self.events or self.events[-1].component != component):
-            self.events.append(Residency(component, self.now(), self.now(), 0, 0, 0))
-        held[piece] = size
-        event = self.last(component)
+        # Parts of one component that come and go, with no other component in between, are one stay.
+        if not held and (not piece.onload or not self.events or self.events[-1].component != piece.component):
+            self.begin(piece.component, self.now())
+        held[id(piece.target)] = piece.bytes
+        event = self.last[piece.component]
         event.bytes = max(event.bytes, sum(held.values()))
-        event.moved_bytes += size
+        event.moved_bytes += piece.bytes
         event.onloads += 1
 
-    def offload(self, component: str, piece: int) -> None:
-        if self.held.get(component, {}).pop(piece, None) is not None:
-            self.last(component).offload_s = self.now()
-
-    def last(self, component: str) -> Residency:
-        return next(event for event in reversed(self.events) if event.component == component)
+    def offload(self, piece: _Piece) -> None:
+        if self.held[piece.component].pop(id(piece.target), None) is not None:
+            self.last[piece.component].offload_s = self.now()
 
     def finish(self) -> None:
         end = self.now()
-        for component, held in self.held.items():
-            if held:
-                self.last(component).offload_s = end
+        for component in [name for name, held in self.held.items() if held]:
+            self.last[component].offload_s = end
 
 
 @contextlib.contextmanager
 def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
     """Record which component of a diffusers pipeline is on the accelerator when, under any offloading or none.
 
-    Yields a list that holds, once the block is left, one `Residency` per stay, in order of onloading. It watches the
-    hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and `AlignDevicesHook`
-    (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). So on a machine with no
-    accelerator, where the same hooks copy nothing, order and bytes are those of a machine that has one. A component
-    with no such hook stays from the beginning to the end, unless somebody moves it.
+    Yields a list that holds, once the block is left, one `Residency` per stay, in order of onloading. Turn offloading
+    on before the block, and record an eager pipeline: dynamo compiles once more for watched hooks.
 
-    The hooks belong to the components: another pipeline that shares them may have put them there, or be the one that is
-    called. What leaves only when that other pipeline says so stays until then.
+    It watches the hooks that move the weights: accelerate's `CpuOffload` (`enable_model_cpu_offload`) and
+    `AlignDevicesHook` (`enable_sequential_cpu_offload`), and diffusers' `ModuleGroup` (group offloading). On a CPU they
+    copy nothing: order and bytes are those of a machine with an accelerator, and what model offload moves counts as
+    away when the block begins. A component with no such hook stays all the time, unless somebody moves it. The hooks
+    belong to the components: what another pipeline that shares them says counts too. Times are those of the host: a
+    copy that is asynchronous is over later.
 
-    Turn offloading on before the block. On a machine with no accelerator, what model offload moves counts as away when
-    the block begins. The times are those of the host: a copy that is asynchronous is over later. Record an eager
-    pipeline: dynamo sees watched hooks as changed ones, and compiles once more for them.
-
-    Raises:
-        TutorialError: model offload moves some components and leaves one out, of which a CPU does not tell where it is;
-            or a component was replaced, or its offloading changed, inside the block.
+    Raises TutorialError if a component was replaced, or its offloading changed, inside the block; or if model offload
+    moves some components and leaves one out, of which a CPU does not tell where it is.
     """
-    components = component_modules(pipeline)
-    names: dict[int, str] = {}  # a component that has two names in the pipeline is there once, by the first
-    for name, module in components.items():
-        names.setdefault(id(module), name)
-    sizes = {name: sum(footprint(components[name]).values()) for name in names.values()}
-    pieces = {name: list(_pieces(components[name])) for name in names.values()}
-    hooked = {name for name in names.values() if is_model_offloaded(components[name])}
-    placements = _placements(pipeline)
+    before = _state(pipeline)
+    wholes: dict[int, _Piece] = {}  # a component that has two names in the pipeline is there once, by the first
+    for name, (module, _, _) in before.items():
+        wholes.setdefault(id(module), _Piece(name, module, sum(footprint(module).values())))
+    parts = {whole.component: before[whole.component][2] for whole in wholes.values()}
+    hooked = {name for name in parts if before[name][1]}
     has_accelerator = accelerator().type != "cpu"
-    left_out = set(names.values()) - hooked - {name for name in pieces if pieces[name]}
-    lost = sorted(left_out - set(getattr(pipeline, "_exclude_from_cpu_offload", ())))
+    kept = getattr(pipeline, "_exclude_from_cpu_offload", ())
+    lost = [name for name in parts if name not in hooked and name not in kept and not parts[name]]
     if hooked and lost and not has_accelerator:
         raise TutorialError(
             f"Model offload does not move the {lost[0]}, which came to the pipeline later: call "
             "pipeline.enable_model_cpu_offload() once more, then record."
         )
     recorder = _Recorder()
-    undo: list[Callable[[], None]] = []
+    stack = contextlib.ExitStack()
+    stack.callback(recorder.finish)
 
-    def watch(target: Any, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
-        """Until the end, call `before` and `after` with the arguments of a method of this one object or class."""
-        original, is_class = getattr(target, method), isinstance(target, type)
+    def watch(target: Any, method: str, tell: Callable) -> None:
+        """Until the end, call `tell` before a method of this one object or class, with the same arguments."""
+        original = getattr(target, method)
 
         @torch.compiler.disable  # as the hooks themselves are: never traced
         def wrapper(*args, **kwargs):
-            if before is not None:
-                before(*args, **kwargs)
-            result = original(*args, **kwargs)
-            if after is not None:
-                after(*args, **kwargs)
-            return result
+            tell(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        setattr(target, method, wrapper)
-        undo.append(lambda: setattr(target, method, original) if is_class else vars(target).pop(method, None))
-
-    def come(module: torch.nn.Module) -> None:
-        if id(module) in names:
-            name = names[id(module)]
-            recorder.onload(name, id(module), sizes[name], whole=True)
-
-    def leave(module: torch.nn.Module) -> None:
-        if id(module) in names:
-            recorder.offload(names[id(module)], id(module))
+        stack.enter_context(mock.patch.object(target, method, wrapper))
 
     def before_forward(hook: CpuOffload, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if hook.prev_module_hook is not None:
-            leave(hook.prev_module_hook.model)
-        come(module)
+        left = wholes.get(id(hook.prev_module_hook.model)) if hook.prev_module_hook is not None else None
+        if left is not None:
+            recorder.offload(left)
+        if id(module) in wholes:
+            recorder.onload(wholes[id(module)])
 
-    def moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is None or pieces.get(names.get(id(module)), True):  # another dtype, or no matter of this recording
+    def before_move(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        whole, device = wholes.get(id(module)), torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or whole is None or parts[whole.component]:  # another dtype, or no matter of this recording
             return
         # With no accelerator, model offload brings to "cpu:0" and takes away to "cpu".
         if device.type == accelerator().type and (has_accelerator or device.index is not None):
-            come(module)
-        elif has_accelerator or names[id(module)] in hooked:
-            leave(module)
+            recorder.onload(whole)
+        elif has_accelerator or whole.component in hooked:
+            recorder.offload(whole)
 
     # By the class: at the end of each call diffusers puts new hooks in place of the old ones, and accelerate takes what
     # is called `to` away from a module.
-    watch(CpuOffload, "pre_forward", before=before_forward)
-    watch(torch.nn.Module, "to", after=moved)
-    for name in sizes:
-        module = components[name]
-        for target, onload, offload, size in pieces[name]:
-            piece = (name, id(target), size)
-            watch(target, onload, before=lambda *args, piece=piece, **kwargs: recorder.onload(*piece))
-            watch(target, offload, after=lambda *args, piece=piece, **kwargs: recorder.offload(*piece[:2]))
-        if not pieces[name]:
-            is_there = _device(module).type == accelerator().type
-            if is_there and (has_accelerator or name not in hooked):
-                recorder.already_there(name, id(module), sizes[name])
-    try:
+    watch(CpuOffload, "pre_forward", before_forward)
+    watch(torch.nn.Module, "to", before_move)
+    for whole in wholes.values():
+        for part in parts[whole.component]:
+            watch(part.target, part.onload, lambda *args, part=part, **kwargs: recorder.onload(part))
+            watch(part.target, part.offload, lambda *args, part=part, **kwargs: recorder.offload(part))
+        is_there = any(weight.device.type == accelerator().type for weight in whole.target.parameters())
+        if is_there and not parts[whole.component] and (has_accelerator or whole.component not in hooked):
+            recorder.already_there(whole)
+    with stack:
         yield recorder.events
-    finally:
-        for step in reversed(undo):
-            step()
-        recorder.finish()
-    changed = sorted(name for name, state in _placements(pipeline).items() if placements.get(name) != state)
+    changed = sorted(name for name, state in _state(pipeline).items() if before.get(name) != state)
     if changed:
         raise TutorialError(
             f"The {changed[0]} was replaced, or its offloading changed, while its stays were recorded: do that before "
@@ -184,10 +164,10 @@ def record_residency(pipeline: Any) -> Iterator[list[Residency]]:
         )
 
 
-def _placements(pipeline: Any) -> dict[str, tuple]:
-    """By component: which module it is, whether model offload moves it, and which pieces of it come and go."""
+def _state(pipeline: Any) -> dict[str, tuple[torch.nn.Module, bool, list[_Piece]]]:
+    """By component: the module, whether model offload moves it, and which parts of it come and go."""
     return {
-        name: (id(module), is_model_offloaded(module), [id(target) for target, *_ in _pieces(module)])
+        name: (module, is_model_offloaded(module), list(_parts(name, module)))
         for name, module in component_modules(pipeline).items()
     }
 
@@ -197,36 +177,30 @@ def is_model_offloaded(module: torch.nn.Module) -> bool:
     return any(isinstance(hook, CpuOffload) for hook in _hooks(module))
 
 
-def _device(module: torch.nn.Module) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
 def _hooks(module: torch.nn.Module) -> list[Any]:
     """The hooks that accelerate has put on this one module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def _pieces(component: torch.nn.Module) -> Iterator[tuple[Any, str, str, int]]:
-    """What comes and goes in pieces: (object, method that brings it, method that takes it away, bytes)."""
+def _parts(name: str, component: torch.nn.Module) -> Iterator[_Piece]:
+    """What of a component comes and goes by itself."""
     groups = {}
     for module in component.modules():
         for hook in _hooks(module):
             if getattr(hook, "offload", False) is True:
                 parameters = module.parameters(recurse=hook.place_submodules)
                 buffers = module.buffers(recurse=hook.place_submodules) if hook.offload_buffers else ()
-                yield hook, "pre_forward", "post_forward", _bytes((*parameters, *buffers))
+                yield _Piece(name, hook, _bytes((*parameters, *buffers)), "pre_forward", "post_forward")
         registry = getattr(module, "_diffusers_hook", None)
         for hook in registry.hooks.values() if registry is not None else ():
-            group = getattr(hook, "group", None)
-            if group is not None:
-                groups[id(group)] = group  # many modules share one
+            if getattr(hook, "group", None) is not None:
+                groups[id(hook.group)] = hook.group  # many modules share one
     for group in groups.values():
         tensors = [tensor for part in group.modules for tensor in (*part.parameters(), *part.buffers())]
         size = _bytes((*tensors, *group.parameters, *group.buffers))
         if size:  # else nothing comes and goes
-            yield group, "onload_", "offload_", size
+            yield _Piece(name, group, size, "onload_", "offload_")
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

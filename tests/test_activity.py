@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from helpers.activity import Activity, busy_ms, hidden_share, load_activities, record_activity, save_activities
+from benchmarks.writing import save_activities
+from helpers.activity import Activity, busy_ms, hidden_share, load_activities, record_activity
 from helpers.devices import environment
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from benchmarks import __main__ as benchmark
+from benchmarks import models
 from helpers import checks
 from helpers.checkpoints import get_checkpoint
 from helpers.checks import check_versions
@@ -144,15 +145,16 @@ def test_name_that_no_repository_has():
 
 
 def test_repository_that_holds_no_pipeline(hub, monkeypatch):
-    monkeypatch.setattr(checks, "hf_hub_download", Mock(side_effect=answer(RemoteEntryNotFoundError, 404)))
-    assert "is no diffusers pipeline" in message_of(checks.read_hub_json, FLUX, "model_index.json")
+    monkeypatch.setattr(models, "hf_hub_download", Mock(side_effect=answer(RemoteEntryNotFoundError, 404)))
+    assert "is no diffusers pipeline" in message_of(models.read_index, FLUX)
 
 
 def test_network_that_goes_in_the_middle(hub, monkeypatch):
-    monkeypatch.setattr(checks, "hf_hub_download", Mock(side_effect=LocalEntryNotFoundError("no route")))
-    assert "cannot be reached" in message_of(checks.read_hub_json, FLUX, "model_index.json")
+    monkeypatch.setattr(models, "hf_hub_download", Mock(side_effect=LocalEntryNotFoundError("no route")))
+    assert "cannot be reached" in message_of(models.read_index, FLUX)
     monkeypatch.setattr(checks.HfApi, "model_info", Mock(side_effect=http_error()("no route")))
-    assert "cannot be reached" in message_of(checks.hub_files, FLUX)
+    assert "cannot be reached" in message_of(models._weight_sizes, FLUX)
+    assert "unset TUTORIAL_MODELS" in message_of(get_checkpoint, "flux")
 
 
 def test_full_without_space(hub):

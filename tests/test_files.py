@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import message_of
 
-from helpers import activity, files, records
+from benchmarks import writing
+from helpers import activity, files
 from helpers.records import Measurement
 
 
@@ -48,15 +49,15 @@ def test_a_file_where_the_folder_must_be(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_prints_what_is_new(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     old, new = Measurement("old"), Measurement("new", latency_s=1.5)
-    records.save_measurements([old], path)
+    writing.save_measurements([old], path)
     before = path.read_bytes()
     monkeypatch.setattr("pathlib.Path.replace", refuse(errno.ENOSPC))
-    assert "the disk is full" in message_of(records.save_measurements, [old, new], path, [new])
+    assert "the disk is full" in message_of(writing.save_measurements, [old, new], path, [new])
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["new"]
-    message_of(records.save_measurements, [old, new], path)  # not told what is new: all of it
+    message_of(writing.save_measurements, [old, new], path)  # not told what is new: all of it
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["old", "new"]
     recording = {"a": [activity.Activity("compute", 0.0, 1.0)]}
-    assert "the disk is full" in message_of(activity.save_activities, recording, path, 0.0, 2.0)
+    assert "the disk is full" in message_of(writing.save_activities, recording, path, 0.0, 2.0)
     assert json.loads(capsys.readouterr().out)["recordings"]["a"]["compute"] == [[0.0, 1.0]]
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -23,7 +23,7 @@ def allocate(gigabytes: float):
 @pytest.mark.parametrize("kernel_keeps_peak", [True, False])
 def test_host_peak_is_that_of_the_block(kernel_keeps_peak, monkeypatch):
     if not kernel_keeps_peak:  # as on macOS and Windows
-        monkeypatch.setattr(measure._HostPeak, "_read_kernel_peak", lambda self: {}["VmHWM"])
+        monkeypatch.setattr(measure, "_kernel_peak_gb", lambda: {}["VmHWM"])
     # So large that filling it takes longer than the thread sleeps.
     low_before = measure.measure_load(lambda: allocate(0.001))[1].host_peak_gb
     pipeline, load = measure.measure_load(lambda: allocate(0.4))
@@ -53,7 +53,7 @@ def test_first_call_and_warmups_do_not_count_in_the_latency():
         return len(calls)
 
     run = measure.measure_run(call, repeats=3, warmups=1)
-    assert len(calls) == 5 and run.output == 5 and len(run.latencies) == 3
+    assert len(calls) == 5 and run.output == 5 and len(run.latencies_s) == 3
     assert 0.3 <= run.first_call_s < 0.5
     assert 0.02 <= run.latency_s < 0.09  # the median of 10, 300 and 20 ms
     assert run.step_ms is None

@@ -371,8 +371,3 @@ def test_command_line(cache, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["random_checkpoints", "wan", "--nf4"])
     random_checkpoints.main()
     assert capsys.readouterr().out.endswith(f"The checkpoint is in {cache / 'random-wan-nf4'}\n")
-
-
-def test_the_command_to_build_is_named_for_nf4_too(cache):
-    with pytest.raises(TutorialError, match="python -m benchmarks.random_checkpoints wan --nf4`"):
-        checkpoints._find_random("random-wan-nf4")

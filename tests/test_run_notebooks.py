@@ -65,7 +65,7 @@ def test_passing_and_failing(tmp_path):
     assert lines[1].startswith("02_bad  FAILED")
     assert lines[1].endswith("cell 2 (result = 1 / 0): ZeroDivisionError: division by zero")
     assert lines[2].startswith("03_dies  FAILED") and lines[2].endswith(
-        "cell 1 (import os): the kernel was killed (SIGKILL), most often because memory ran out"
+        "cell 1 (import os): the kernel was killed (SIGKILL), most often because host memory ran out"
     )
     assert lines[3].startswith("04_broken  FAILED") and "not a valid notebook" in lines[3]
     assert lines[4].startswith("05_advice  FAILED") and lines[4].endswith(f"TutorialError: {LONG}")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 ENDS = {
-    "os.kill(os.getpid(), 9)": "the kernel was killed (SIGKILL), most often because memory ran out",
+    "os.kill(os.getpid(), 9)": "the kernel was killed (SIGKILL), most often because host memory ran out",
     "os.kill(os.getpid(), 11)": "the kernel was stopped by SIGSEGV",
     "os._exit(3)": "the kernel ended by itself (exit status 3)",
     "import time; time.sleep(3)": None,
