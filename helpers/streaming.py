@@ -29,9 +29,14 @@ def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
     for tensor in (*module.parameters(), *module.buffers()):
         if hasattr(tensor, "CB") or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
             raise ValueError(f"{type(tensor).__name__} weights cannot be streamed: load in bfloat16, or in nf4.")
+        found[id(tensor)] = tensor
         state = getattr(tensor, "quant_state", None)
-        parts = (value for owner in (state, getattr(state, "state2", None)) if owner for value in vars(owner).values())
-        found |= {id(part): part for part in (tensor, *parts) if isinstance(part, torch.Tensor)}
+        for owner in filter(None, (state, getattr(state, "state2", None))):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Tensor):
+                    if value._is_view():  # it would keep the file in memory that it was read from
+                        setattr(owner, name, value := value.clone())
+                    found[id(value)] = value
     return list(found.values())
 
 
@@ -43,6 +48,11 @@ def find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     blocks = blocks or [block for members in lists if len(set(map(type, members))) == 1 for block in members]
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     return [block for block in blocks if id(block) not in inner]
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers moves its weights."""
+    return hasattr(model, "_hf_hook") or _is_group_offload_enabled(model)
 
 
 class Parcel:
@@ -57,23 +67,24 @@ class Parcel:
         self.layout, self.bytes = [], 0
         for tensor in tensors:  # each at a round address: a kernel may be chosen by it
             stride = torch.empty_like(tensor, device="meta").stride()
-            self.layout.append((self.bytes, tensor.nbytes, tensor.dtype, tensor.shape, stride))
+            self.layout.append((tensor.dtype, tensor.shape, stride, self.bytes // tensor.itemsize))
             self.bytes += -(-tensor.nbytes // 256) * 256
         self.host = torch.empty(self.bytes, dtype=torch.uint8)
         self.unpin = weakref.finalize(self.host, pin(self.host, device))
         self.homes = list(self.views(self.host))
         self.pack()
 
-    def views(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The tensors as they lie in a buffer of bytes."""
-        for start, size, dtype, shape, stride in self.layout:
-            yield buffer[start : start + size].view(dtype).as_strided(shape, stride)
+    def views(self, buffer: torch.Tensor, start: int = 0) -> Iterator[torch.Tensor]:
+        """The tensors as they lie in a buffer of bytes, from one of them on."""
+        typed = {dtype: buffer.view(dtype) for dtype, *_ in self.layout}
+        for dtype, shape, stride, offset in self.layout:
+            yield typed[dtype].as_strided(shape, stride, start // dtype.itemsize + offset)
 
     def pack(self) -> None:
         """Put the tensors into the host buffer, those too that others have replaced since."""
         for tensor, home in zip(self.tensors, self.homes, strict=True):
             if tensor.data_ptr() != home.data_ptr():
-                tensor.data = home.copy_(tensor)
+                tensor.data = home.copy_(tensor.data)
 
     def point(self, views: Any) -> None:
         """Let the model use other copies. The tensors remain the same objects, as compiled code demands."""
@@ -102,6 +113,7 @@ class Parcel:
         for tensor, source in zip(self.tensors, self.sources, strict=True):
             tensor.data = tensor.data.to(source)
         self.unpin()
+        self.host = self.homes = None
 
 
 def pin(buffer: torch.Tensor, device: torch.device) -> Callable[[], Any]:
@@ -142,14 +154,12 @@ class Ring:
         self.used.clear()
         self.position, self.last, self.done, self.clean = 0, None, None, True
 
-    def begin(self, visitor: "Streamed | None") -> None:
-        """Before the forward of a model: the part of another that came for its own forward only leaves the card."""
-        if not self.clean:
-            self.reset()
-        # Copies that ran ahead count if the card is still busy with the last forward. Otherwise there was time for
-        # others to change weights in place.
-        if self.done is None or self.done.query():
-            self.queue.clear()
+    def is_idle(self) -> bool:
+        """Whether the card has done with all that came through the ring."""
+        return self.done is None or self.done.query()
+
+    def receive(self, visitor: "Streamed | None") -> None:
+        """What is outside the blocks of a model comes for its forward; that of another one leaves."""
         if self.visitor not in (None, visitor):
             self.visitor.rest.leave()
             self.visitor = None
@@ -192,7 +202,7 @@ class Ring:
         _, start, copied = self.queue[0]
         if copied:
             torch.cuda.current_stream(self.device).wait_event(copied)
-        parcel.point(parcel.views(self.memory[start % self.size :]))
+        parcel.point(parcel.views(self.memory, start % self.size))
 
     @torch.compiler.disable
     def give_back(self, parcel: Parcel) -> None:
@@ -249,8 +259,8 @@ class Streamed:
     """A model whose blocks come to the card when they are needed. `remove` makes it a plain model again."""
 
     def __init__(self, model: torch.nn.Module, ring: Ring, whole: bool = False) -> None:
-        self.model, self.ring, self.device, self.count = model, ring, ring.device, 0
-        if hasattr(model, "_streamed") or hasattr(model, "_hf_hook") or _is_group_offload_enabled(model):
+        self.model, self.ring, self.device = model, ring, ring.device
+        if hasattr(model, "_streamed") or is_offloaded(model):
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
         blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
         everything = tensors_of(model)
@@ -259,6 +269,10 @@ class Streamed:
             raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
         uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
+        small = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0) / 1000
+        uses |= {
+            id(tensor): 0 for tensor in everything if tensor.nbytes < small
+        }  # and so does what costs more to point
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
@@ -279,16 +293,19 @@ class Streamed:
         comes_and_goes = self.rest.host is not None
         if module is not self.model and (not comes_and_goes or self.ring.visitor is self):
             return None
-        if _is_group_offload_enabled(self.model):
-            raise RuntimeError("Group offload was enabled for a streamed model: load it anew, and choose one of them.")
-        count = sum(1 for _ in self.model.modules())
-        if count != self.count:  # a LoRA came; it is small, and stays
+        if not self.ring.clean:
+            self.ring.reset()
+        if self.ring.is_idle():  # between two calls, others may have changed the model: what was copied ahead is old
+            self.ring.queue.clear()
+            if is_offloaded(self.model):
+                raise RuntimeError(
+                    "Offloading was enabled for a streamed model: load it anew, and choose one of the two."
+                )
             known = {id(tensor) for parcel in (*self.parcels, self.rest) for tensor in parcel.tensors}
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
-                    tensor.data = tensor.data.to(self.device)
-            self.count = count
-        self.ring.begin(self if comes_and_goes else None)
+                    tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
+        self.ring.receive(self if comes_and_goes else None)
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
 
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -440,7 +457,7 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
             f"A call takes {peak / GB:.2f} GB of the card with every block streamed, and the limit is "
             f"{limit / GB:.2f} GB: draw smaller, or give more."
         )
-    ring.begin(None)
+    ring.receive(None)
     room = limit - peak
     for names in (steps, [name for name in parts if name not in steps]):
         total = sum(parcel.bytes for name in names for parcel in parts[name].parcels)
