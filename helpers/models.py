@@ -1,4 +1,4 @@
-"""What the benchmark must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
+"""What a program must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
 
 import inspect
 import json
@@ -56,6 +56,19 @@ class Model:
         return _pipeline_class(self.path)
 
 
+def find_given(path: str) -> str:
+    """What `from_pretrained` takes for a folder or a repository id, which must be there.
+
+    Raises:
+        TutorialError: it is not.
+    """
+    if path and Path(path).is_dir():
+        return path
+    if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
+        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
+    return checks.find_on_hub(path)
+
+
 def find_model(path: str) -> Model:
     """Reads the index of a checkpoint, and the sizes of its files; downloads no weights.
 
@@ -99,7 +112,7 @@ def find_model(path: str) -> Model:
         for name, cls in classes.items()
         if _is_diffusers_model(cls) and ("Autoencoder" in cls.__name__ or "VQ" in cls.__name__)
     )
-    configs = [_read_json(path, f"{name}/config.json") for name in denoisers]
+    configs = [_read_json(path, f"{name}/config.json") for name in (*denoisers, *large)]
     is_quantized = any("quantization_config" in config for config in configs)
     return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant, is_quantized)
 
