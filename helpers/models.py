@@ -22,7 +22,7 @@ LARGE = 0.25
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint as the strategies see it. All names are those of components of its pipeline.
+    """A checkpoint as programs see it. All names are those of components of its pipeline.
 
     Attributes:
         path: folder or repository id, as `from_pretrained` takes it.
@@ -78,14 +78,8 @@ def find_model(path: str) -> Model:
     Raises:
         TutorialError: it is no checkpoint of a pipeline, or none that draws from a prompt.
     """
-    index = read_index(path)
-    # An entry of a component is [library, class]; [null, null] is one that this checkpoint does without.
-    components = {
-        name: entry
-        for name, entry in index.items()
-        if isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    }
-    pipeline = index["_class_name"]
+    components = read_components(path)
+    pipeline = read_index(path)["_class_name"]
     call = call_parameters(path)
     if "prompt" not in call:
         raise TutorialError(f"{path} is a {pipeline}, which takes no prompt: give a text-to-image or -video model.")
@@ -129,6 +123,12 @@ def read_index(path: str) -> dict[str, Any]:
     if not isinstance(index.get("_class_name"), str):
         raise TutorialError(f"The model_index.json of {path} names no class of diffusers: give another checkpoint.")
     return index
+
+
+def read_components(path: str) -> dict[str, list[str]]:
+    """Library and class of each component of a checkpoint; [null, null] is one that it does without."""
+    entries = {name: entry for name, entry in read_index(path).items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: entry for name, entry in entries.items() if all(isinstance(part, str) for part in entry)}
 
 
 def _read_json(path: str, file: str) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Draw a picture or a clip with any text-to-image or text-to-video pipeline, in as much of the card as you give.
+
+    python programs/draw.py nf4-flux "a cat in a pool" --memory-gb 7 --out cat.png
+
+FOLDER is what save_nf4.py wrote, or any folder in diffusers format, or a repository id. `fill_card` of
+helpers/streaming.py decides what stays on the card and what is streamed there, and says so.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def stop(*_) -> None:
+    """Ctrl-C: end at once."""
+    os.write(2, b"\nStopped.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)  # now, because the imports below take seconds
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it: memory in one piece
+import helpers  # before the libraries, whose known noise it quiets
+
+helpers.quiet.install()
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_gif, export_to_video
+
+from helpers import checks, cpu_backend, files, measure, models
+from helpers.errors import TutorialError
+from helpers.models import Model
+from helpers.streaming import fill_card
+
+OPTIONS = {  # what the pipeline calls it, its type, and the help
+    "width": ("width", int, "in pixels; without these five, the pipeline's own"),
+    "height": ("height", int, None),
+    "steps": ("num_inference_steps", int, None),
+    "frames": ("num_frames", int, "of a clip"),
+    "guidance-scale": ("guidance_scale", float, None),
+}
+FPS = 16  # Wan's; a pipeline that takes a frame rate has its own
+
+
+def find_call(model: Model, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the call, which the pipeline must take."""
+    parameters, name = models.call_parameters(model.path), model.pipeline_class.__name__
+    if "controlnet" in models.read_components(model.path):
+        raise TutorialError(
+            f"A {name} needs a picture besides the prompt, and this program gives none: call it yourself."
+        )
+    call = {"prompt": args.prompt, "output_type": "pil"}
+    for option, (parameter, *_) in OPTIONS.items():
+        if (value := vars(args)[option.replace("-", "_")]) is not None:
+            if parameter not in parameters:
+                raise TutorialError(f"A {name} takes no {parameter}: leave --{option} out.")
+            call[parameter] = value
+    return call
+
+
+def find_out(out: Path | None, is_clip: bool) -> Path:
+    """The file to write: it must be possible, and have a suffix of its kind."""
+    kind, suffixes = ("clip", (".mp4", ".gif")) if is_clip else ("picture", (".png", ".jpg", ".jpeg", ".webp"))
+    out = out or Path(kind + suffixes[0])
+    if out.suffix.lower() not in suffixes:
+        raise TutorialError(f"{out} is no name for a {kind}: let it end with {' or '.join(suffixes)}.")
+    files.check_writable(out.parent, "give another --out")
+    if out.is_dir() or (out.exists() and not os.access(out, os.W_OK)):
+        raise TutorialError(f"{out} cannot be overwritten: give another --out.")
+    return out
+
+
+def load(model: Model, compiled: bool) -> DiffusionPipeline:
+    """The pipeline in host memory; `compiled` compiles the repeated blocks of its denoisers."""
+    settings = {"variant": model.variant, "dtype": torch.bfloat16, "device_map": "cpu"}
+    pipeline = DiffusionPipeline.from_pretrained(model.path, **settings)
+    torch._dynamo.config.cache_size_limit = 1000
+    for denoiser in (getattr(pipeline, name) for name in model.denoisers if compiled):
+        if denoiser._repeated_blocks:
+            denoiser.compile_repeated_blocks(fullgraph=True)  # the streaming stays outside
+        else:
+            print(f"{type(denoiser).__name__} is not compiled: diffusers does not say which of its blocks repeat.")
+    return pipeline
+
+
+def draw(args: argparse.Namespace) -> str:
+    """Check, load, fill the card, draw, and write the file. Returns what it took, in words."""
+    model = models.find_model(models.find_given(args.folder))
+    parameters = models.call_parameters(model.path)
+    call, out = find_call(model, args), find_out(args.out, is_clip="num_frames" in parameters)
+    cpu_backend.enable()  # without a card, diffusers would refuse nf4 weights
+    if args.compile:
+        cpu_backend.check_compiler()
+    has_card = torch.cuda.is_available()
+    if args.memory_gb and has_card:  # PyTorch reserves no more than this, whatever happens
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
+    print(f"Loading {args.folder} into host memory.", flush=True)
+    pipeline = load(model, args.compile)
+    try:
+        pipeline.set_progress_bar_config(desc="One step, to measure")
+        print(fill_card(pipeline, args.memory_gb, **call), flush=True)
+        pipeline.set_progress_bar_config(desc="Drawing")
+        start = time.perf_counter()
+        output = pipeline(**call, generator=torch.Generator().manual_seed(args.seed))
+        seconds = time.perf_counter() - start
+    except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+        raise TutorialError(str(error)) from error  # too little memory, or a size that the model cannot draw
+    if hasattr(output, "frames"):
+        rate = parameters.get("frame_rate")
+        export = export_to_gif if out.suffix.lower() == ".gif" else export_to_video
+        export(output.frames[0], str(out), fps=int(rate.default) if rate else FPS)
+    else:
+        output.images[0].save(out)
+    card = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of the card reserved" if has_card else ""
+    return f"{out}: drawn in {seconds:.1f} s{card}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, draw, and say what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--memory-gb", type=float, help="GB that PyTorch may reserve on the card (what is free)")
+    for option, (_, kind, text) in OPTIONS.items():
+        parser.add_argument(f"--{option}", type=kind, help=text)
+    parser.add_argument("--seed", type=int, default=0)
+    slower_first = "compile the repeated blocks: the first step takes a minute longer, each later one a quarter less"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=slower_first)
+    parser.add_argument("--out", type=Path, help=".png, .jpg, .webp for a picture; .mp4, .gif for a clip")
+    args = parser.parse_args(arguments)
+    for option in ("memory_gb", "width", "height", "steps", "frames"):
+        if (value := vars(args)[option]) is not None and not value > 0:
+            parser.error(f"--{option.replace('_', '-')} must be more than 0")
+    try:
+        checks.check_versions()
+        drawn, took = measure.measure_load(lambda: draw(args))
+    except TutorialError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"The system refused: {files.reason(error)}.")
+    print(f"{drawn}, at most {took.host_peak_gb:.1f} GB of host memory.")
+
+
+if __name__ == "__main__":
+    main()
