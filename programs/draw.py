@@ -34,7 +34,7 @@ from diffusers.utils import export_to_gif, export_to_video
 from helpers import checks, cpu_backend, files, measure, models
 from helpers.errors import TutorialError
 from helpers.models import Model
-from helpers.streaming import fill_card
+from helpers.streaming import fill_card, find_blocks
 
 OPTIONS = {  # what the pipeline calls it, its type, and the help
     "width": ("width", int, "in pixels; without these five, the pipeline's own"),
@@ -77,13 +77,12 @@ def find_out(out: Path | None, is_clip: bool) -> Path:
 def load(model: Model, compiled: bool) -> DiffusionPipeline:
     """The pipeline in host memory; `compiled` compiles the repeated blocks of its denoisers."""
     settings = {"variant": model.variant, "dtype": torch.bfloat16, "device_map": "cpu"}
-    pipeline = DiffusionPipeline.from_pretrained(model.path, **settings)
+    without = {name: None for name, entry in models.read_index(model.path).items() if entry == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(model.path, **settings, **without)
     torch._dynamo.config.cache_size_limit = 1000
     for denoiser in (getattr(pipeline, name) for name in model.denoisers if compiled):
-        if denoiser._repeated_blocks:
-            denoiser.compile_repeated_blocks(fullgraph=True)  # the streaming stays outside
-        else:
-            print(f"{type(denoiser).__name__} is not compiled: diffusers does not say which of its blocks repeat.")
+        for block in find_blocks(denoiser):  # one by one, and the streaming stays outside
+            block.compile()
     return pipeline
 
 

@@ -79,6 +79,7 @@ def save_component(name: str, model: Model, out: Path, device: str) -> None:
     if name not in model.quantized or device == "cpu":
         settings["device_map"] = "cpu"  # without it, weights are quantized on the card
     cls.from_pretrained(source, **settings).save_pretrained(out / name)
+    devices.free_memory()
 
 
 def save(model: Model, out: Path, device: str) -> None:
@@ -88,7 +89,6 @@ def save(model: Model, out: Path, device: str) -> None:
         for name in names:
             bar.set_description(name)
             save_component(name, model, out, device)
-            devices.free_memory()
             bar.update(model.sizes.get(name, 0))
     (out / UNFINISHED).rename(out / "model_index.json")
 

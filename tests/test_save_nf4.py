@@ -1,19 +1,22 @@
 """programs/save_nf4.py: what it writes loads as what is quantized at load, and nothing half-written is ever loaded."""
 
+import errno
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import save_nf4
 import tiny_pipelines
 import torch
 from conftest import build_pipeline
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionXLControlNetPipeline
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from benchmarks import strategies
 from helpers import checks, devices, models
@@ -52,9 +55,9 @@ def check_same_weights(source, out):
     assert [name for name, tensor in expected.items() if not torch.equal(loaded[name], tensor)] == []
 
 
-def without_text_encoders(folder):
-    pipeline = build_pipeline()
-    pipeline.register_modules(text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+def without_text_encoder(folder):
+    pipeline = tiny_pipelines.build("pixart")
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
     pipeline.save_pretrained(folder)
 
 
@@ -70,37 +73,30 @@ def fp16_but_the_vae(folder):
     vae.rename(vae.with_name("diffusion_pytorch_model.safetensors"))
 
 
+def no_safetensors(folder):
+    for file in tiny_pipelines.save("pixart", folder).glob("*/*.safetensors"):
+        name = "pytorch_model.bin" if file.name.startswith("model") else "diffusion_pytorch_model.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+
+
 CHECKPOINTS = {
+    "FLUX": lambda folder: build_pipeline().save_pretrained(folder),
     "two denoisers": lambda folder: tiny_pipelines.save("wan22", folder),
-    "three text encoders": lambda folder: tiny_pipelines.save("sd3", folder),
-    "sound": lambda folder: tiny_pipelines.save("ltx2", folder),
-    "pocket FLUX": lambda folder: shutil.copytree(POCKET, folder, dirs_exist_ok=True),
-    "no text encoders": without_text_encoders,
+    "no text encoder": without_text_encoder,
     "ControlNet": with_controlnet,
     "fp16": fp16_but_the_vae,
+    "no safetensors": no_safetensors,
 }
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_what_is_saved_is_what_quantizing_at_load_gives(kind, tmp_path):
-    source = tmp_path / "source"
+    source, out = tmp_path / "source", tmp_path / "out"
     CHECKPOINTS[kind](source)
-    save(source, tmp_path / "out")
-    check_same_weights(source, tmp_path / "out")
-
-
-def test_older_files_of_weights_are_read_too(tmp_path):
-    source, older = tiny_pipelines.save("sdxl", tmp_path / "source"), tmp_path / "older"
-    shutil.copytree(source, older)
-    for file in older.glob("*/*.safetensors"):
-        pipeline_part = DiffusionPipeline.from_pretrained(source, dtype=torch.bfloat16).components[file.parent.name]
-        torch.save(pipeline_part.state_dict(), file.with_name(file.name.replace("model.safetensors", "model.bin")))
-        file.unlink()
-    for file in older.glob("text_encoder*/model.bin"):
-        file.rename(file.with_name("pytorch_model.bin"))
-    save(older, tmp_path / "out")
-    check_same_weights(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*/*.bin"))
+    save(source, out)
+    check_same_weights(source, out)
+    assert {file.suffix for file in out.glob("*/*model*") if file.suffix != ".json"} == {".safetensors"}
 
 
 def test_it_says_what_it_took(tmp_path, capsys):
@@ -119,33 +115,45 @@ def test_it_says_what_it_took(tmp_path, capsys):
     assert last.startswith(f"{tmp_path / 'out'} is complete") and "in host memory" in last and "card" not in last
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SafetensorError("No space left on device"), OSError(28, "full")])
-def test_an_unfinished_folder_is_no_checkpoint_and_is_written_anew(error, tmp_path, monkeypatch):
-    source, out = tiny_pipelines.save("sd3", tmp_path / "source"), tmp_path / "out"
-    save_component, names = save_nf4.save_component, []
+@pytest.fixture
+def pixart(tmp_path):
+    return tiny_pipelines.save("pixart", tmp_path / "source")
 
-    def fail_at_the_end(name, *rest):
+
+def test_an_unfinished_folder_is_no_checkpoint_and_is_written_anew(pixart, tmp_path, monkeypatch):
+    out, save_component, names = tmp_path / "out", save_nf4.save_component, []
+
+    def stop_at_the_end(name, *rest):
         save_component(name, *rest)
         names.append(name)
-        if len(names) == len(models.read_components(str(source))):
-            raise error
+        if len(names) == len(models.read_components(str(pixart))):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(save_nf4, "save_component", fail_at_the_end)
-        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
-            save(source, out)
-    if error is not KeyboardInterrupt:
-        assert str(stopped.value).startswith(f"{out} could not be completed (")
+        patch.setattr(save_nf4, "save_component", stop_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            save(pixart, out)
     with pytest.raises(TutorialError, match="model_index.json is missing"):
         models.find_model(str(out))
     (out / "vae" / "left over").touch()
-    save(source, out)
-    check_same_weights(source, out)
+    save(pixart, out)
+    check_same_weights(pixart, out)
     assert not (out / "vae" / "left over").exists() and not (out / save_nf4.UNFINISHED).exists()
 
 
-def test_one_component_at_a_time_is_alive(tmp_path, monkeypatch):
-    source = tiny_pipelines.save("wan22", tmp_path / "source")
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("error", [SafetensorError(FULL), OSError(errno.ENOSPC, FULL)])
+def test_a_disk_that_fills(error, pixart, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", mock.Mock(side_effect=error))
+    sentence = refusal(pixart, tmp_path / "out")
+    assert sentence.startswith(f"{tmp_path / 'out'} could not be completed (") and " free some space " in sentence
+    assert "No space left" in sentence or "the disk is full" in sentence
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_one_component_at_a_time_is_alive(pixart, tmp_path, monkeypatch):
     save_component, alive = save_nf4.save_component, []
     before = devices.free_memory() and devices.weights_alive_gb()
     monkeypatch.setattr(
@@ -153,31 +161,30 @@ def test_one_component_at_a_time_is_alive(tmp_path, monkeypatch):
         "save_component",
         lambda *arguments: (alive.append(devices.weights_alive_gb()), save_component(*arguments)),
     )
-    save(source, tmp_path / "out")
-    assert len(alive) == 6 and max(alive) <= before
+    save(pixart, tmp_path / "out")
+    assert len(alive) == 5 and max(alive) <= before
 
 
-def test_no_half_checkpoint_stands_for_a_whole_one(tmp_path):
-    source, out = tiny_pipelines.save("sdxl", tmp_path / "source"), tmp_path / "out"
-    save(source, out)
-    assert refusal(source, out) == f"{out} is not empty: delete it, or give another folder as OUT."
+def test_what_is_there_is_not_overwritten_and_not_quantized_again(pixart, tmp_path):
+    out = tmp_path / "out"
+    save(pixart, out)
+    assert refusal(pixart, out) == f"{out} is not empty: delete it, or give another folder as OUT."
     assert refusal(out, tmp_path / "again") == f"{out} is quantized already: draw with it as it is."
     assert not (tmp_path / "again").exists()
 
 
-def test_checkpoints_that_cannot_be(tmp_path, monkeypatch):
+def test_checkpoints_that_cannot_be(pixart, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert "model_index.json is missing" in refusal(tmp_path, out)
     assert refusal(tmp_path / "nothing", out).startswith("There is no folder")
-    source = tiny_pipelines.save("sdxl", tmp_path / "source")
     (tmp_path / "file").touch()
-    assert "a file stands where a folder must be" in refusal(source, tmp_path / "file")
-    assert not torch.cuda.is_available() and "no CUDA card" in refusal(source, out, "--device", "cuda")
+    assert "a file stands where a folder must be" in refusal(pixart, tmp_path / "file")
+    assert not torch.cuda.is_available() and "no CUDA card" in refusal(pixart, out, "--device", "cuda")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1e5))
-        assert "nf4 weights needs" in refusal(source, out)
-    (source / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert "is cut short" in refusal(source, out)
+        assert "nf4 weights needs" in refusal(pixart, out)
+    (pixart / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert "is cut short" in refusal(pixart, out)
     assert not out.exists()
 
 
