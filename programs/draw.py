@@ -26,7 +26,7 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it: memory in one piece
 import helpers  # before the libraries, whose known noise it quiets
 
-helpers.quiet.install()
+helpers.quiet.show_loading_bars()
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif, export_to_video
@@ -36,29 +36,28 @@ from helpers.errors import TutorialError
 from helpers.models import Model
 from helpers.streaming import fill_card, find_blocks
 
-OPTIONS = {  # what the pipeline calls it, its type, and the help
-    "width": ("width", int, "in pixels; without these five, the pipeline's own"),
-    "height": ("height", int, None),
-    "steps": ("num_inference_steps", int, None),
-    "frames": ("num_frames", int, "of a clip"),
-    "guidance-scale": ("guidance_scale", float, None),
+OPTIONS = {  # what pipelines call it
+    "width": ("width",),
+    "height": ("height",),
+    "steps": ("num_inference_steps",),
+    "frames": ("num_frames", "frames", "video_length"),
+    "guidance_scale": ("guidance_scale",),
 }
-FPS = 16  # Wan's; a pipeline that takes a frame rate has its own
+FPS = 16  # Wan's
 
 
 def find_call(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the call, which the pipeline must take."""
-    parameters, name = models.call_parameters(model.path), model.pipeline_class.__name__
-    if "controlnet" in models.read_components(model.path):
-        raise TutorialError(
-            f"A {name} needs a picture besides the prompt, and this program gives none: call it yourself."
-        )
+    parameters, kind = models.call_parameters(model.path), model.pipeline_class.__name__
+    if "height" not in parameters or "controlnet" in models.read_components(model.path):
+        raise TutorialError(f"A {kind} draws no picture or clip from a prompt alone: give another model.")
     call = {"prompt": args.prompt, "output_type": "pil"}
-    for option, (parameter, *_) in OPTIONS.items():
-        if (value := vars(args)[option.replace("-", "_")]) is not None:
-            if parameter not in parameters:
-                raise TutorialError(f"A {name} takes no {parameter}: leave --{option} out.")
-            call[parameter] = value
+    for option, names in OPTIONS.items():
+        if (value := getattr(args, option)) is not None:
+            name = next((name for name in names if name in parameters), None)
+            if name is None:
+                raise TutorialError(f"A {kind} takes no {names[0]}: leave --{option.replace('_', '-')} out.")
+            call[name] = value
     return call
 
 
@@ -90,7 +89,7 @@ def draw(args: argparse.Namespace) -> str:
     """Check, load, fill the card, draw, and write the file. Returns what it took, in words."""
     model = models.find_model(models.find_given(args.folder))
     parameters = models.call_parameters(model.path)
-    call, out = find_call(model, args), find_out(args.out, is_clip="num_frames" in parameters)
+    call, out = find_call(model, args), find_out(args.out, is_clip=not parameters.keys().isdisjoint(OPTIONS["frames"]))
     cpu_backend.enable()  # without a card, diffusers would refuse nf4 weights
     if args.compile:
         cpu_backend.check_compiler()
@@ -107,14 +106,17 @@ def draw(args: argparse.Namespace) -> str:
         start = time.perf_counter()
         output = pipeline(**call, generator=torch.Generator().manual_seed(args.seed))
         seconds = time.perf_counter() - start
-    except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
-        raise TutorialError(str(error)) from error  # too little memory, or a size that the model cannot draw
-    if hasattr(output, "frames"):
-        rate = parameters.get("frame_rate")
+    except torch.OutOfMemoryError as error:
+        raise TutorialError("The card ran out of memory: draw smaller, or give more by --memory-gb.") from error
+    except (MemoryError, ValueError) as error:
+        raise TutorialError(str(error)) from error  # too low a limit, or a size that the model cannot draw
+    drawn = output[0][0]  # whatever it is called: the first picture or clip
+    if isinstance(drawn, list):
+        own = parameters.get("frame_rate") or parameters.get("fps")
         export = export_to_gif if out.suffix.lower() == ".gif" else export_to_video
-        export(output.frames[0], str(out), fps=int(rate.default) if rate else FPS)
+        export(drawn, str(out), fps=args.fps or (int(own.default) if own else FPS))
     else:
-        output.images[0].save(out)
+        drawn.save(out)
     card = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of the card reserved" if has_card else ""
     return f"{out}: drawn in {seconds:.1f} s{card}"
 
@@ -124,15 +126,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--memory-gb", type=float, help="GB that PyTorch may reserve on the card (what is free)")
-    for option, (_, kind, text) in OPTIONS.items():
-        parser.add_argument(f"--{option}", type=kind, help=text)
+    parser.add_argument("--memory-gb", type=float, help="GB that PyTorch may reserve on the card; all that is free")
+    parser.add_argument("--width", type=int, help="in pixels; the pipeline's own, as all that is left out here")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--frames", type=int, help="of a clip")
+    parser.add_argument("--fps", type=int, help="of a clip: 16, if the pipeline does not say")
+    parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     slower_first = "compile the repeated blocks: the first step takes a minute longer, each later one a quarter less"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=slower_first)
     parser.add_argument("--out", type=Path, help=".png, .jpg, .webp for a picture; .mp4, .gif for a clip")
     args = parser.parse_args(arguments)
-    for option in ("memory_gb", "width", "height", "steps", "frames"):
+    for option in ("memory_gb", "width", "height", "steps", "frames", "fps"):
         if (value := vars(args)[option]) is not None and not value > 0:
             parser.error(f"--{option.replace('_', '-')} must be more than 0")
     try:

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it: memory in one piece
 import helpers  # before the libraries, whose known noise it quiets
 
-helpers.quiet.install()
+helpers.quiet.show_loading_bars()
 import diffusers
 import torch
 import transformers
@@ -108,10 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
         cpu_backend.enable()  # without a card, diffusers would refuse to quantize
         model = find_source(args.model)
         prepare(args.out, model)
-        with devices.out_of_memory("--device cpu"):
-            _, took = measure.measure_load(lambda: save(model, args.out, device))
+        _, took = measure.measure_load(lambda: save(model, args.out, device))
     except TutorialError as error:
         sys.exit(str(error))
+    except torch.OutOfMemoryError:
+        sys.exit("The card has too little memory for the largest component: quantize with --device cpu.")
     except (OSError, SafetensorError) as error:
         reason = files.reason(error) if isinstance(error, OSError) else error
         sys.exit(f"{args.out} could not be completed ({reason}): free some space or {ELSEWHERE}.")

@@ -1,5 +1,6 @@
 """programs/draw.py: the picture is that of a plain call, and what cannot be is said before anything is loaded."""
 
+import json
 import os
 import runpy
 import signal
@@ -9,6 +10,7 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
+import diffusers
 import draw
 import imageio.v3 as imageio
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import Image
 from test_save_nf4 import with_controlnet
 
 from helpers.checkpoints import PACKAGE_ROOT
+from helpers.errors import TutorialError
 
 PROGRAM = PACKAGE_ROOT / "programs" / "draw.py"
 SMALL = "--width 32 --height 32 --steps 2".split()
@@ -91,9 +94,9 @@ def test_a_clip_in_both_formats(folder, here):
     written = imageio.immeta(here / "clip.mp4", plugin="FFMPEG")
     assert written["fps"] == 16 and written["size"] == (32, 32)
     assert len(imageio.imread(here / "clip.mp4", plugin="FFMPEG")) == 5
-    draw.main([str(path), "cat", *options, "--out", "deep/cat.gif"])
+    draw.main([str(path), "cat", *options, "--out", "deep/cat.gif", "--fps", "10"])
     with Image.open(here / "deep" / "cat.gif") as clip:
-        assert (clip.n_frames, clip.info["duration"]) == (5, 60)  # in steps of 10 ms
+        assert (clip.n_frames, clip.info["duration"]) == (5, 100)
 
 
 def test_a_clip_at_the_frame_rate_of_its_model(folder, here):
@@ -140,11 +143,32 @@ def test_what_is_said_before_anything_is_loaded(folder, here, monkeypatch):
     assert refusal(here / "nothing", "cat").startswith("There is no folder")
     assert "model_index.json is missing" in refusal(here, "cat")
     with_controlnet(here / "net")
-    assert "needs a picture besides the prompt" in refusal(here / "net", "cat")
+    assert "draws no picture or clip from a prompt alone" in refusal(here / "net", "cat")
     assert not list(here.glob("*.*4"))
 
 
-@pytest.mark.parametrize("option", ["--memory-gb", "--width", "--height", "--steps", "--frames"])
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("WanPipeline", {"num_frames": 5}),
+        ("SanaVideoPipeline", {"frames": 5}),
+        ("LattePipeline", {"video_length": 5}),
+        ("StableAudioPipeline", None),
+    ],
+)
+def test_each_pipeline_is_called_in_its_own_words(kind, call, here):
+    (here / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    model = SimpleNamespace(path=str(here), pipeline_class=getattr(diffusers, kind))
+    args = SimpleNamespace(prompt="cat", frames=5, width=None, height=8, steps=1, guidance_scale=None)
+    if call is None:
+        with pytest.raises(TutorialError, match=f"A {kind} draws no picture or clip"):
+            draw.find_call(model, args)
+    else:
+        small = {"prompt": "cat", "output_type": "pil", "height": 8, "num_inference_steps": 1}
+        assert draw.find_call(model, args) == small | call
+
+
+@pytest.mark.parametrize("option", ["--memory-gb", "--width", "--height", "--steps", "--frames", "--fps"])
 def test_numbers_that_cannot_be(option, capsys):
     assert refusal("folder", "cat", option, 0) == "2"
     assert f"{option} must be more than 0" in capsys.readouterr().err
