@@ -118,7 +118,8 @@ def draw(args: argparse.Namespace) -> str:
     else:
         drawn.save(out)
     card = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of the card reserved" if has_card else ""
-    return f"{out}: drawn in {seconds:.1f} s{card}"
+    silent = ", without its sound" if getattr(output, "audio", None) is not None else ""
+    return f"{out}{silent}: drawn in {seconds:.1f} s{card}"
 
 
 def main(arguments: list[str] | None = None) -> None:

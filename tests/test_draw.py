@@ -20,6 +20,7 @@ import tiny_pipelines
 import torch
 from conftest import build_pipeline
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from PIL import Image
 from test_save_nf4 import with_controlnet
 
@@ -96,12 +97,33 @@ def test_a_clip_in_both_formats(folder, here):
     assert len(imageio.imread(here / "clip.mp4", plugin="FFMPEG")) == 5
     draw.main([str(path), "cat", *options, "--out", "deep/cat.gif", "--fps", "10"])
     with Image.open(here / "deep" / "cat.gif") as clip:
-        assert (clip.n_frames, clip.info["duration"]) == (5, 100)
+        assert (clip.n_frames, clip.info["duration"], clip.info["loop"]) == (5, 100, 0)
 
 
 def test_a_clip_at_the_frame_rate_of_its_model(folder, here):
     draw.main([str(folder("ltx")), "cat", *"--width 32 --height 32 --steps 1 --frames 9".split()])
     assert imageio.immeta(here / "clip.mp4", plugin="FFMPEG")["fps"] == 25
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """A pipeline that only seems to be one."""
+    clip = [Image.new("RGB", (32, 32))] * 3
+    pipeline = mock.Mock(return_value=LTX2PipelineOutput(frames=[clip], audio=torch.zeros(1)))
+    monkeypatch.setattr(draw, "load", lambda *arguments: pipeline)
+    monkeypatch.setattr(draw, "fill_card", mock.Mock())
+    return pipeline
+
+
+def test_a_clip_with_sound_is_said_to_lack_it(folder, pipeline, here, capsys):
+    draw.main([str(folder("ltx2")), "cat"])
+    assert "clip.mp4, without its sound: drawn in " in capsys.readouterr().out
+    assert imageio.immeta(here / "clip.mp4", plugin="FFMPEG")["fps"] == 24
+
+
+def test_a_card_that_runs_out_of_memory_while_drawing(folder, pipeline, here):
+    pipeline.side_effect = torch.OutOfMemoryError("a screen full")
+    assert refusal(folder("ltx2"), "cat") == "The card ran out of memory: draw smaller, or give more by --memory-gb."
 
 
 def test_blocks_are_compiled_only_if_asked_for(folder, monkeypatch):

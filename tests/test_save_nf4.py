@@ -61,14 +61,14 @@ def without_text_encoder(folder):
     pipeline.save_pretrained(folder)
 
 
-def with_controlnet(folder):
+def with_controlnet(folder, variant=None):
     parts = tiny_pipelines.build("sdxl").components
     net = ControlNetModel.from_unet(parts["unet"], conditioning_channels=3).to(torch.bfloat16)
-    StableDiffusionXLControlNetPipeline(**parts, controlnet=net).save_pretrained(folder)
+    StableDiffusionXLControlNetPipeline(**parts, controlnet=net).save_pretrained(folder, variant=variant)
 
 
 def fp16_but_the_vae(folder):
-    tiny_pipelines.build("sdxl").save_pretrained(folder, variant="fp16")
+    with_controlnet(folder, variant="fp16")
     vae = folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
     vae.rename(vae.with_name("diffusion_pytorch_model.safetensors"))
 
@@ -84,8 +84,7 @@ CHECKPOINTS = {
     "FLUX": lambda folder: build_pipeline().save_pretrained(folder),
     "two denoisers": lambda folder: tiny_pipelines.save("wan22", folder),
     "no text encoder": without_text_encoder,
-    "ControlNet": with_controlnet,
-    "fp16": fp16_but_the_vae,
+    "ControlNet, fp16": fp16_but_the_vae,
     "no safetensors": no_safetensors,
 }
 
