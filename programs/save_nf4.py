@@ -113,9 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     except torch.OutOfMemoryError:
         sys.exit("The card has too little memory for the largest component: quantize with --device cpu.")
-    except (OSError, SafetensorError) as error:
-        reason = files.reason(error) if isinstance(error, OSError) else error
-        sys.exit(f"{args.out} could not be completed ({reason}): free some space or {ELSEWHERE}.")
+    except SafetensorError as error:  # its way to say that the disk is full
+        sys.exit(f"{args.out} cannot be written ({error}): free some space or {ELSEWHERE}.")
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the system's but a library's
+        sys.exit(str(files.cannot_write(args.out, error, ELSEWHERE)))
     for name in filter(model.sizes.get, models.read_components(model.path)):
         before, after = model.sizes[name], sum(file.stat().st_size for file in (args.out / name).iterdir())
         kind = "nf4" if name in model.quantized else "bfloat16"

@@ -147,9 +147,20 @@ FULL = "No space left on device"
 def test_a_disk_that_fills(error, pixart, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "save_pretrained", mock.Mock(side_effect=error))
     sentence = refusal(pixart, tmp_path / "out")
-    assert sentence.startswith(f"{tmp_path / 'out'} could not be completed (") and " free some space " in sentence
+    assert sentence.startswith(f"{tmp_path / 'out'} cannot be written (") and " free some space " in sentence
     assert "No space left" in sentence or "the disk is full" in sentence
     assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_an_error_of_a_library_is_not_taken_for_one_of_the_disk(pixart, tmp_path, monkeypatch):
+    monkeypatch.setattr(save_nf4, "save_component", mock.Mock(side_effect=OSError("no file named model.safetensors")))
+    with pytest.raises(OSError, match="no file named"):
+        save(pixart, tmp_path / "out")
+
+
+def test_a_card_that_runs_out_of_memory(pixart, tmp_path, monkeypatch):
+    monkeypatch.setattr(save_nf4, "save_component", mock.Mock(side_effect=torch.OutOfMemoryError("a screen full")))
+    assert refusal(pixart, tmp_path / "out").endswith("quantize with --device cpu.")
 
 
 def test_one_component_at_a_time_is_alive(pixart, tmp_path, monkeypatch):
