@@ -17,9 +17,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from torch.utils._pytree import tree_map_only
 
 GB = 1e9
-ALIGNMENT = 256  # bytes: a kernel may be chosen by it
 
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -44,6 +44,11 @@ def find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for block in blocks if id(block) not in inner]
 
 
+def aligned(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor in a parcel, where the next one begins at a round address: kernels are chosen by it."""
+    return -(-tensor.nbytes // 256) * 256
+
+
 class Parcel:
     """Some tensors of a model side by side in one host buffer, so that one copy brings them all to the card."""
 
@@ -53,7 +58,7 @@ class Parcel:
         self.places, self.bytes = [], 0
         for tensor in tensors:
             self.places.append((self.bytes, torch.empty_like(tensor, device="meta").stride()))
-            self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            self.bytes += aligned(tensor)
         self.pack()
 
     def views(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -125,6 +130,7 @@ class Ring:
         self.following, self.visitor = {}, None
         self.reset()
 
+    @torch.compiler.disable
     def reset(self) -> None:
         """Forget all copies."""
         if self.stream:
@@ -158,6 +164,7 @@ class Ring:
         self.position = start + parcel.bytes
         return True
 
+    @torch.compiler.disable
     def take(self, parcel: Parcel) -> None:
         """Let the model use a parcel; the computation waits until it is copied, Python does not."""
         self.clean = False
@@ -177,6 +184,7 @@ class Ring:
             torch.cuda.current_stream(self.device).wait_event(ready)
         parcel.point(self.place(parcel, start))
 
+    @torch.compiler.disable
     def give_back(self, parcel: Parcel) -> None:
         """The computation with a parcel is under way: its room may be filled as soon as that ends."""
         if self.stream:
@@ -199,34 +207,39 @@ class Ring:
 class Streamed:
     """A model whose blocks come to the card when they are needed. `remove` makes it a plain model again."""
 
-    def __init__(self, model: torch.nn.Module, ring: Ring) -> None:
+    def __init__(self, model: torch.nn.Module, ring: Ring, whole: bool = False) -> None:
         self.model, self.ring, self.device = model, ring, ring.device
         if hasattr(model, "_streamed") or hasattr(model, "_hf_hook") or _is_group_offload_enabled(model):
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
-        blocks = {block: tensors_of(block) for block in find_blocks(model)}
+        blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
         everything = tensors_of(model)
         moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu") / GB
         if moving > psutil.virtual_memory().available / GB:
             raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
+        uses[id(next(model.parameters()))] = 0  # diffusers takes its device for that of the model
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
-            swap_class(block, StreamedBlock, self)
+            block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
         self.rest = Parcel([tensor for tensor in everything if uses[id(tensor)] != 1], self.device)
-        swap_class(model, StreamedModel, self)
-        outside = [module for module in model.modules() if not isinstance(module, StreamedBlock)]
+        model._streamed, model._apply = self, self.apply
+        inside = {module for block in blocks for module in block.modules()}
+        outside = [module for module in model.modules() if module not in inside]
         # A hook on every module, because a VAE is entered by its decoder, not by a call.
-        self.hooks = [module.register_forward_pre_hook(self.begin) for module in outside]
+        self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in outside]
         self.modules = 0
 
     def __reduce__(self) -> Any:
         raise TypeError("A streamed model cannot be copied or pickled: end that first with `remove()`.")
 
     @torch.compiler.disable
-    def begin(self, module: torch.nn.Module, arguments: Any) -> None:
-        """Before a forward outside the blocks: bring the rest here, and send away that of another model."""
+    def begin(self, module: torch.nn.Module, *arguments: Any) -> Any:
+        """Before a forward outside the blocks: bring the rest here, and send away that of another model.
+
+        Returns the arguments of the module, on the card.
+        """
         comes_and_goes = self.rest.host is not None
         if module is not self.model and (not comes_and_goes or self.ring.visitor is self):
             return
@@ -251,6 +264,14 @@ class Streamed:
         if comes_and_goes and ring.visitor is None:
             self.rest.visit()
             ring.visitor = self
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
+
+    def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
+        """In place of the `_apply` of the model: `.to` another device or dtype ends the streaming."""
+        if any(function(tensor.data).data_ptr() != tensor.data_ptr() for tensor in tensors_of(self.model)):
+            self.remove()
+            return self.model._apply(function, recurse)
+        return self.model
 
     def keep(self, budget: float) -> int:
         """Let blocks stay on the card, evenly spread, for at most `budget` bytes. Returns the bytes that were taken."""
@@ -273,9 +294,10 @@ class Streamed:
         for hook in self.hooks:
             hook.remove()
         for module in self.model.modules():
-            if isinstance(module, StreamedBlock | StreamedModel):
+            if isinstance(module, StreamedBlock):
                 module.__class__ = type(module).__mro__[2]
-                del module._streamed
+                del module._streamed, module._parcel
+        del self.model._streamed, self.model._apply
 
 
 class StreamedBlock:
@@ -296,28 +318,14 @@ class StreamedBlock:
             raise
 
 
-class StreamedModel:
-    """What a streamed model does more: it names the card as its device, and `.to` ends the streaming."""
-
-    device = property(lambda self: self._streamed.device)
-
-    def _apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
-        if all(function(tensor.data).data_ptr() == tensor.data_ptr() for tensor in tensors_of(self)):
-            return self  # as with `.to(dtype)` of the same dtype
-        self._streamed.remove()
-        return self._apply(function, recurse)
-
-
-def swap_class(module: torch.nn.Module, mixin: type, streamed: Streamed) -> None:
-    """Put a mixin before the class of one module, as torch's `fully_shard` does, under the same name."""
-    module._streamed = streamed
-    module.__class__ = mixed(type(module), mixin)
-
-
 @functools.cache
-def mixed(base: type, mixin: type) -> type:
-    """One class for all blocks of a kind: compiled code is shared by modules of the same class."""
-    new = type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+def streamed_class(base: type) -> type:
+    """`StreamedBlock` before the class of a block, under the same name, as torch's `fully_shard` does it.
+
+    Blocks of a kind share it, as they share compiled code.
+    """
+    TransformerBlockRegistry._register()
+    new = type(base.__name__, (StreamedBlock, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
     if base in TransformerBlockRegistry._registry:  # where caches such as FirstBlockCache look
         TransformerBlockRegistry._registry[new] = TransformerBlockRegistry._registry[base]
     return new
@@ -337,7 +345,7 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
         ValueError: no repeated blocks, a budget below the largest block, or a model that is offloaded already.
         MemoryError: too little host memory.
     """
-    sizes = [sum(tensor.nbytes + ALIGNMENT for tensor in tensors_of(block)) for block in find_blocks(model)]
+    sizes = [sum(map(aligned, tensors_of(block))) for block in find_blocks(model)]
     if not sizes:
         raise ValueError(f"A {type(model).__name__} has no repeated blocks to stream.")
     budget, largest = budget_gb * GB, max(sizes)
@@ -354,7 +362,7 @@ class Filled:
     """A pipeline within a limit. `print` it to read what was decided and why; `remove` makes it a plain pipeline."""
 
     def __init__(self) -> None:
-        self.parts, self.reasons, self.tiled_vae, self.expected_gb = {}, [], None, 0.0
+        self.parts, self.reasons, self.tiled_vae, self.least_gb, self.expected_gb = {}, [], None, 0.0, 0.0
 
     def __str__(self) -> str:
         return "\n".join(self.reasons)
@@ -388,7 +396,8 @@ def fill_card(
     ring, filled = Ring(find_device(device)), Filled()
     try:
         for name, model in models.items():
-            filled.parts[name] = Streamed(model, ring)
+            # A VAE comes and goes whole: with tiles it would need its blocks many times.
+            filled.parts[name] = Streamed(model, ring, whole=hasattr(model, "decode"))
         _plan(pipeline, filled, ring, limit_gb, call)
     except BaseException:
         filled.remove()
@@ -440,7 +449,7 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
                 f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {gb:.2f} GB a forward, for want of room"
             )
         filled.reasons.append(f"{name} ({size:.2f} GB) {how}" + (f"; it decodes {tiling}." if s.model is vae else "."))
-    filled.expected_gb = (limit - room) / GB
+    filled.least_gb, filled.expected_gb = peak / GB, (limit - room) / GB
     filled.reasons.append(
         f"Expected: {filled.expected_gb:.2f} GB of {limit / GB:.2f} GB. With every block streamed, one step took "
         f"{peak / GB:.2f} GB, of which {(held + ring.size) / GB:.2f} GB are weights that are always there."

@@ -1,49 +1,440 @@
 """Streaming on a CPU with plain copies, and on a GPU, if there is one, with streams."""
 
+import copy
+import gc
+import os
+import subprocess
+import sys
+import weakref
+
+import psutil
 import pytest
 import tiny_pipelines
 import torch
-from conftest import draw
+from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline
+from diffusers.utils import logging
+from peft import LoraConfig
 
-from helpers import streaming
+from benchmarks import models, strategies
+from helpers import cpu_backend, streaming
+from helpers.checkpoints import PACKAGE_ROOT
 
-DEVICE = str(torch.accelerator.current_accelerator() or "cpu")
-EVERY_FAMILY = pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+DEVICE = torch.device(torch.accelerator.current_accelerator() or "cpu")
+POCKET = str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")
+logging.disable_progress_bar()
 
 
 def build(family):
-    pipeline = tiny_pipelines.build(family)
-    for model in pipeline.components.values():
-        if isinstance(model, torch.nn.Module):
-            model.eval()  # as `from_pretrained` does
+    """A pipeline in eval mode on the host; "nf4" is pocket-flux with 4-bit weights."""
+    if family == "nf4":
+        cpu_backend.enable()
+        pipeline = strategies.quantize_at_load(models.find_model(POCKET)).to("cpu")
+    elif family == "pocket":
+        pipeline = strategies.load_bf16(models.find_model(POCKET)).to("cpu")
+    else:
+        pipeline = tiny_pipelines.build(family)
+    for model in modules_of(pipeline).values():
+        model.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def modules_of(pipeline):
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
 def call_of(family, **changes):
-    call = {"prompt": "cat", "num_inference_steps": 3, "output_type": "pt", "return_dict": False}
+    call = {"prompt": "cat", "num_inference_steps": 3, "output_type": "pt"}
     return call | tiny_pipelines.CALLS.get(family, {"height": 32, "width": 32}) | changes
 
 
 def run(pipeline, family, **changes):
-    with torch.no_grad():
-        return pipeline(**call_of(family, **changes), generator=torch.Generator().manual_seed(0))[0]
+    return pipeline(**call_of(family, **changes), generator=torch.Generator().manual_seed(0))[0].cpu()
 
 
-def largest(pipeline, name="transformer"):
-    model = getattr(pipeline, name)
-    return max(sum(t.nbytes + 256 for t in streaming.tensors_of(b)) for b in streaming.find_blocks(model))
+def blocks_gb(model):
+    """Bytes of all blocks, and of the largest, in GB."""
+    sizes = [streaming.Parcel(streaming.tensors_of(block), DEVICE).bytes for block in streaming.find_blocks(model)]
+    return sum(sizes) / 1e9, max(sizes) / 1e9
 
 
-@EVERY_FAMILY
-def test_pictures_of_a_filled_card_are_the_resident_ones(family):
+def filled_to(pipeline, family, share):
+    """Fill the card with so little that this share of the blocks that run at each step has room."""
+    filled = streaming.fill_card(pipeline, 50, **call_of(family))
+    blocks = sum(
+        p.bytes for part in filled.parts.values() for p in part.parcels if "transformer" in str(type(part.model))
+    )
+    return streaming.fill_card(pipeline, filled.least_gb + share * blocks / 1e9, **call_of(family))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+@pytest.mark.parametrize("family", [*tiny_pipelines.FAMILIES, "pocket", "nf4"])
+def test_pictures_of_a_filled_card_are_the_resident_ones(family, share):
     pipeline = build(family)
     expected = run(pipeline.to(DEVICE), family)
     pipeline.to("cpu")
-    filled = streaming.fill_card(pipeline, limit_gb=1, **call_of(family))
+    weights = {name: part.state_dict() for name, part in modules_of(pipeline).items()}
+    filled = filled_to(pipeline, family, share)
     print(filled)
+    streamed = [p for part in filled.parts.values() for p in part.parcels if p.host is not None]
+    assert streamed
+    assert pipeline._execution_device.type == DEVICE.type
     assert torch.equal(run(pipeline, family), expected)
-    for s in filled.parts.values():
-        pass
+    assert torch.equal(run(pipeline, family), expected)
     filled.remove()
+    for name, part in modules_of(pipeline).items():
+        assert not any("_streamed" in vars(module) or "_apply" in vars(module) for module in part.modules())
+        assert not any(isinstance(module, streaming.StreamedBlock) for module in part.modules())
+        after = part.state_dict()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in weights[name].items())
     assert torch.equal(run(pipeline.to(DEVICE), family), expected)
+
+
+# One model
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])
+def test_the_budget_is_spent_and_the_blocks_that_stay_are_spread_evenly(share):
+    pipeline = build("pocket")
+    expected = run(pipeline.to(DEVICE), "pocket")
+    whole, largest = blocks_gb(pipeline.transformer)
+    streamed = streaming.stream_blocks(pipeline.transformer, share * whole)
+    stay = [parcel.host is None for parcel in streamed.parcels]
+    held = sum(parcel.bytes for parcel in streamed.parcels if parcel.host is None) / 1e9
+    assert share * whole - largest <= held + streamed.ring.size / 1e9 <= share * whole + 1e-9
+    assert all(stay) == (share == 1.0)
+    halves = len(stay) // 2
+    assert abs(sum(stay[:halves]) - sum(stay[-halves:])) <= 1
+    assert torch.equal(run(pipeline, "pocket"), expected)
+
+
+def test_with_enough_budget_nothing_is_copied(monkeypatch):
+    pipeline = build("pocket").to(DEVICE)
+    whole, _ = blocks_gb(pipeline.transformer)
+    streaming.stream_blocks(pipeline.transformer, whole)
+    monkeypatch.delattr(streaming.Ring, "copy")
+    run(pipeline, "pocket")
+
+
+def test_copies_run_ahead_over_the_end_of_a_forward():
+    """Each copy starts before its block is asked for, once the order is known."""
+    pipeline = build("pocket").to(DEVICE)
+    _, largest = blocks_gb(pipeline.transformer)
+    streamed = streaming.stream_blocks(pipeline.transformer, 2 * largest)
+    ring, log = streamed.ring, []
+    copied, taken = ring.copy, ring.take
+    ring.copy = lambda parcel: copied(parcel) and not log.append(("copy", streamed.parcels.index(parcel)))
+    ring.take = lambda parcel: (log.append(("take", streamed.parcels.index(parcel))), taken(parcel))
+    x = [("take", index) for index in range(len(streamed.parcels))]
+    run(pipeline, "pocket", num_inference_steps=1)
+    assert [entry for entry in log if entry[0] == "take"] == x
+    assert all(log.index(("copy", i)) < log.index(("take", i)) for i in range(1, len(x)))
+    assert ("copy", 0) in log[log.index(x[-1]) :]
+
+
+def test_blocks_in_another_order_and_blocks_that_are_left_out():
+    """A guess about the order that turns out wrong costs time, and nothing else."""
+    pipeline = build("pocket").to(DEVICE)
+    transformer = pipeline.transformer
+    expected = run(pipeline, "pocket")
+    blocks = list(transformer.single_transformer_blocks)
+    transformer.single_transformer_blocks = torch.nn.ModuleList(blocks[1:])
+    fewer = run(pipeline, "pocket")
+    transformer.single_transformer_blocks = torch.nn.ModuleList(blocks[::-1])
+    turned = run(pipeline, "pocket")
+    transformer.single_transformer_blocks = torch.nn.ModuleList(blocks)
+    _, largest = blocks_gb(transformer)
+    streaming.stream_blocks(transformer, 2.5 * largest)
+    for order, picture in ((blocks, expected), (blocks[1:], fewer), (blocks[::-1], turned), (blocks, expected)):
+        transformer._modules["single_transformer_blocks"] = torch.nn.ModuleList(order)
+        assert torch.equal(run(pipeline, "pocket"), picture)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_compiled_blocks(before):
+    """A compiled block is one graph, as without streaming, and all blocks of a kind share it."""
+    pipeline = build("pocket").to(DEVICE)
+    torch._dynamo.reset()
+    resident, counter = torch._dynamo.testing.CompileCounter(), torch._dynamo.testing.CompileCounter()
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=resident)
+    expected = run(pipeline, "pocket")
+    torch._dynamo.reset()
+    for block in streaming.find_blocks(pipeline.transformer):
+        block._compiled_call_impl = None
+    whole, _ = blocks_gb(pipeline.transformer)
+    if before:
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+    streaming.stream_blocks(pipeline.transformer, whole / 2)
+    if not before:
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+    assert torch.equal(run(pipeline, "pocket"), expected)
+    assert torch.equal(run(pipeline, "pocket"), expected)
+    assert counter.frame_count == resident.frame_count > 1
+
+
+def test_the_whole_model_compiled():
+    pipeline = build("pocket").to(DEVICE)
+    expected = run(pipeline, "pocket")
+    whole, _ = blocks_gb(pipeline.transformer)
+    streaming.stream_blocks(pipeline.transformer, whole / 2)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    assert torch.equal(run(pipeline, "pocket"), expected)
+
+
+def add_lora(transformer):
+    torch.manual_seed(1)
+    transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "proj_mlp"]), "style")
+
+
+@pytest.mark.parametrize("family", ["pocket", "nf4"])
+def test_a_lora_before_or_after(family):
+    pipeline = build(family)
+    plain = run(pipeline.to(DEVICE), family)
+    add_lora(pipeline.transformer)
+    expected = run(pipeline.to(DEVICE), family)
+    assert not torch.equal(expected, plain)
+    pipeline.transformer.delete_adapters("style")
+    pipeline.to("cpu")
+    filled_to(pipeline, family, 0.2)
+    assert torch.equal(run(pipeline, family), plain)
+    add_lora(pipeline.transformer)
+    assert torch.equal(run(pipeline, family), expected)
+    filled_to(pipeline, family, 0.2)  # again, with the LoRA in place
+    assert torch.equal(run(pipeline, family), expected)
+    pipeline.transformer.delete_adapters("style")
+    assert torch.equal(run(pipeline, family), plain)
+
+
+def test_weights_that_change_between_calls():
+    """In place, as a hot-swapped or fused LoRA changes them, and by another tensor."""
+    pipeline = build("pocket").to(DEVICE)
+    first = pipeline.transformer.transformer_blocks[0].attn.to_q
+    old = first.weight.detach().clone()
+    expected = [run(pipeline, "pocket")]
+    first.weight.data.mul_(2)
+    expected.append(run(pipeline, "pocket"))
+    first.weight.data.copy_(old)
+    streaming.stream_blocks(pipeline.transformer, 2.5 * blocks_gb(pipeline.transformer)[1])
+    assert torch.equal(run(pipeline, "pocket"), expected[0])
+    first.weight.data.mul_(2)
+    assert torch.equal(run(pipeline, "pocket"), expected[1])
+    first.weight.data = old.clone()
+    assert torch.equal(run(pipeline, "pocket"), expected[0])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_cache_that_skips_blocks(before):
+    pipeline = build("pocket").to(DEVICE)
+    plain = run(pipeline, "pocket", num_inference_steps=6)
+    cache = FirstBlockCacheConfig(threshold=0.9)
+    pipeline.transformer.enable_cache(cache)
+    expected = run(pipeline, "pocket", num_inference_steps=6)
+    assert not torch.equal(expected, plain)
+    pipeline.transformer.disable_cache()
+    whole, _ = blocks_gb(pipeline.transformer)
+    if before:
+        pipeline.transformer.enable_cache(cache)
+    streaming.stream_blocks(pipeline.transformer, whole / 2)
+    if not before:
+        pipeline.transformer.enable_cache(cache)
+    assert torch.equal(run(pipeline, "pocket", num_inference_steps=6), expected)
+    assert torch.equal(run(pipeline, "pocket", num_inference_steps=6), expected)
+
+
+# A whole pipeline
+
+
+def test_img2img_batches_and_other_sizes():
+    pipeline = build("pocket").to(DEVICE)
+    image = run(pipeline, "pocket")
+    calls = [{"prompt": ["cat", "dog"]}, {"height": 64, "width": 48}, {"num_images_per_prompt": 2}]
+    expected = [run(pipeline, "pocket", **changes) for changes in calls]
+    other = FluxImg2ImgPipeline.from_pipe(pipeline, dtype=torch.bfloat16)
+    expected_other = run(other, "pocket", image=image)
+    filled_to(pipeline.to("cpu"), "pocket", 0.2)
+    for changes, picture in zip(calls, expected, strict=True):
+        assert torch.equal(run(pipeline, "pocket", **changes), picture)
+    other = FluxImg2ImgPipeline.from_pipe(pipeline, dtype=torch.bfloat16)
+    assert hasattr(pipeline.transformer, "_streamed")
+    assert torch.equal(run(other, "pocket", image=image), expected_other)
+
+
+def test_embeddings_computed_ahead_and_text_encoders_of_none():
+    pipeline = build("pocket")
+    embeddings, pooled, _ = pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
+    parts = pipeline.components | dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    bare = type(pipeline)(**parts).to(DEVICE)
+    bare.set_progress_bar_config(disable=True)
+    changes = {"prompt": None, "prompt_embeds": embeddings.to(DEVICE), "pooled_prompt_embeds": pooled.to(DEVICE)}
+    expected = run(bare, "pocket", **changes)
+    streaming.fill_card(bare.to("cpu"), 50, **call_of("pocket", **changes))
+    assert torch.equal(run(bare, "pocket", **changes), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_call_stopped_in_the_middle(error, monkeypatch):
+    """In a block, between blocks and within the copying: the next call draws as before, and the model can be saved."""
+    pipeline = build("pocket").to(DEVICE)
+    expected, weights = run(pipeline, "pocket"), copy.deepcopy(pipeline.transformer.to("cpu").state_dict())
+    filled_to(pipeline.to("cpu"), "pocket", 0.2)
+    transformer = pipeline.transformer
+    places = [
+        (transformer.single_transformer_blocks[1].attn, "forward"),
+        (transformer.norm_out, "forward"),
+        (transformer._streamed.ring, "give_back"),
+        (transformer._streamed.ring, "copy"),
+        (transformer._streamed.ring, "run_ahead"),
+        (pipeline.vae.decoder, "forward"),
+        (streaming.Parcel, "point"),
+    ]
+    for owner, name in places:
+        for number in (1, 4):
+            calls = iter(range(1, 10_000))
+            original = getattr(owner, name)
+
+            def fail(*arguments, original=original, calls=calls, number=number, **keywords):
+                if next(calls) == number:
+                    raise error("stopped here")
+                return original(*arguments, **keywords)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fail)
+                try:
+                    run(pipeline, "pocket")
+                except error:
+                    pass
+            saved = transformer.state_dict()
+            assert all(torch.equal(saved[key].cpu(), tensor) for key, tensor in weights.items())
+            assert torch.equal(run(pipeline, "pocket"), expected), (owner, name)
+
+
+def test_two_pipelines_in_a_process():
+    families = ("pocket", "qwen-image")
+    pipelines = [build(family).to(DEVICE) for family in families]
+    expected = [run(*pair) for pair in zip(pipelines, families, strict=True)]
+    fills = [filled_to(p.to("cpu"), family, 0.2) for p, family in zip(pipelines, families, strict=True)]
+    for _ in range(2):
+        for pair, picture in zip(zip(pipelines, families, strict=True), expected, strict=True):
+            assert torch.equal(run(*pair), picture)
+    fills[0].remove()
+    assert torch.equal(run(pipelines[1], families[1]), expected[1])
+
+
+@pytest.mark.parametrize("technique", ["to", "model offload", "sequential offload", "group offload after remove"])
+def test_switching_to_another_technique(technique):
+    pipeline = build("pocket").to(DEVICE)
+    expected = run(pipeline, "pocket")
+    filled = filled_to(pipeline.to("cpu"), "pocket", 0.2)
+    run(pipeline, "pocket")
+    if technique == "to":
+        pipeline.to(DEVICE)
+        assert {p.device.type for part in modules_of(pipeline).values() for p in part.parameters()} == {DEVICE.type}
+    elif technique == "model offload":
+        pipeline.enable_model_cpu_offload(device=DEVICE.type)
+    elif technique == "sequential offload":
+        pipeline.enable_sequential_cpu_offload(device=DEVICE.type)
+        cpu_backend.fix_sequential_offload(pipeline)
+    else:
+        filled.remove()
+        pipeline.enable_group_offload(DEVICE, offload_type="leaf_level")
+    if DEVICE.type != "cpu":  # on a CPU, the weights are where `.to` sends them
+        assert not hasattr(pipeline.transformer, "_streamed")
+    assert torch.equal(run(pipeline, "pocket"), expected)
+
+
+def test_what_cannot_be_done_is_said():
+    pipeline = build("pocket")
+    transformer = pipeline.transformer
+    whole, largest = blocks_gb(transformer)
+    with pytest.raises(ValueError, match=r"The largest block takes .* GB: give at least that"):
+        streaming.stream_blocks(transformer, largest / 2)
+    with pytest.raises(ValueError, match="A Linear has no repeated blocks to stream"):
+        streaming.stream_blocks(torch.nn.Linear(2, 2), 1)
+    streamed = streaming.stream_blocks(transformer, whole / 2)
+    with pytest.raises(ValueError, match="This FluxTransformer2DModel is offloaded already"):
+        streaming.stream_blocks(transformer, whole / 2)
+    with pytest.raises(TypeError, match=r"end that first with `remove\(\)`"):
+        copy.deepcopy(transformer)
+    transformer.enable_group_offload(DEVICE, offload_type="leaf_level")
+    with pytest.raises(RuntimeError, match="choose one of them"):
+        run(pipeline, "pocket")
+    streamed.remove()
+    with pytest.raises(ValueError, match="is offloaded already"):
+        streaming.fill_card(pipeline, 1, **call_of("pocket"))
+    assert not any(hasattr(part, "_streamed") for part in modules_of(pipeline).values())
+    pipeline = build("pocket")
+    with pytest.raises(MemoryError, match=r"A call takes .* GB of the card with every block streamed, and the limit"):
+        streaming.fill_card(pipeline, 0.0001, **call_of("pocket"))
+    assert not any(hasattr(part, "_streamed") for part in modules_of(pipeline).values())
+
+
+def test_too_little_host_memory(monkeypatch):
+    pipeline = build("pocket")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 10})())
+    pipeline.transformer.to("meta")
+    with pytest.raises(MemoryError, match="are to move to host memory, where less is free"):
+        streaming.stream_blocks(pipeline.transformer, 1)
+
+
+def test_eight_bit_weights_are_refused():
+    from bitsandbytes.nn import Int8Params
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
+    model.layers[0].weight = Int8Params(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="Int8Params weights cannot be streamed: load in bfloat16, or in nf4"):
+        streaming.stream_blocks(model, 1)
+
+
+def test_saving_while_streamed(tmp_path):
+    pipeline = build("pocket")
+    weights = copy.deepcopy(pipeline.transformer.state_dict())
+    filled_to(pipeline, "pocket", 0.2)
+    run(pipeline, "pocket")
+    pipeline.save_pretrained(tmp_path)
+    again = type(pipeline).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = again.transformer.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
+    assert type(again.transformer) is type(build("pocket").transformer)
+
+
+def test_nothing_grows_with_calls_and_nothing_is_left():
+    pipeline = build("sd3")
+    filled_to(pipeline, "sd3", 0.2)
+    sizes = []
+    for number in range(50):
+        run(pipeline, "sd3", num_inference_steps=1)
+        if number in (9, 49):
+            gc.collect()
+            sizes.append((len(gc.get_objects()), psutil.Process().memory_info().rss))
+    (objects, rss), (objects_after, rss_after) = sizes
+    assert objects_after - objects < 500 and rss_after - rss < 20e6
+    ring = pipeline.transformer._streamed.ring
+    assert len(ring.queue) + len(ring.used) < 100
+    left = weakref.ref(pipeline.transformer._streamed.parcels[0])
+    del pipeline, ring
+    gc.collect()
+    assert left() is None
+
+
+def test_a_copy_of_the_file_alone(tmp_path):
+    """It needs nothing else of this project."""
+    (tmp_path / "streaming.py").write_text(open(streaming.__file__, encoding="utf-8").read(), encoding="utf-8")
+    code = "import streaming, sys; print(any(name.split('.')[0] == 'helpers' for name in sys.modules))"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="page-locking needs CUDA")
+def test_memory_that_cannot_be_page_locked():
+    pipeline = build("pocket").to(DEVICE)
+    expected = run(pipeline, "pocket")
+    real = torch.cuda.cudart().cudaHostRegister
+    fake = type("", (), {"cudaHostRegister": lambda self, address, size, flags: real(address, 1 << 60, flags)})()
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="page-locks no more host memory"):
+        patch.setattr(torch.cuda, "cudart", lambda: fake)
+        streaming.stream_blocks(pipeline.transformer, blocks_gb(pipeline.transformer)[0] / 2)
+    assert torch.equal(run(pipeline, "pocket"), expected)
