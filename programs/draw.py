@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fps", type=int, help="of a clip: 16, if the pipeline does not say")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    slower_first = "compile the repeated blocks: the first step takes a minute longer, each later one a quarter less"
+    slower_first = "compile the repeated blocks: the first step takes up to a minute longer, each later one less"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=slower_first)
     parser.add_argument("--out", type=Path, help=".png, .jpg, .webp for a picture; .mp4, .gif for a clip")
     args = parser.parse_args(arguments)
