@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import models, random_checkpoints, strategies, writing
-from helpers import charts, checks, cpu_backend, devices, files, processes, quality, records
+from benchmarks import random_checkpoints, strategies, writing
+from helpers import charts, checks, cpu_backend, devices, files, models, processes, quality, records
 from helpers.checkpoints import CHECKPOINTS, OTHER_CACHE, PACKAGE_ROOT, Checkpoint, cache_folder, find_pocket
 from helpers.errors import TutorialError
 
@@ -158,7 +158,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
         checkpoint = Checkpoint(
             model=unique_name(args.checkpoint),
             size="given",
-            path=find_given(args.checkpoint),
+            path=models.find_given(args.checkpoint),
             prompts=(PROMPT,),
         )
     asked = {name: getattr(args, name.removeprefix("num_").replace("inference_", "")) for name in SETTINGS}
@@ -172,15 +172,6 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     if checkpoint.num_inference_steps is None and "num_inference_steps" in parameters:
         checkpoint = replace(checkpoint, num_inference_steps=parameters["num_inference_steps"].default)
     return checkpoint
-
-
-def find_given(path: str) -> str:
-    """What `from_pretrained` takes for a folder or a repository id, which must be there."""
-    if path and Path(path).exists():
-        return path
-    if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
-        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
-    return checks.find_on_hub(path)
 
 
 def read_rows(

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
-from benchmarks.models import Model
 from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
+from helpers.models import Model
 from helpers.residency import is_model_offloaded
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 # (logger, start of the message): what the libraries log on a correct installation.
 NOISE = [
@@ -45,3 +46,13 @@ def install() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def show_loading_bars() -> None:
+    """Switch the loading bars on again, for a program in a terminal."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    if sys.stderr.isatty():
+        diffusers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()

@@ -23,8 +23,8 @@ from PIL import Image
 from torch._inductor import config
 
 from benchmarks import __main__ as program
-from benchmarks import models, strategies
-from helpers import cpu_backend, devices, processes, records
+from benchmarks import strategies
+from helpers import cpu_backend, devices, models, processes, records
 from helpers.errors import TutorialError
 
 ROOT = Path(__file__).resolve().parents[1]

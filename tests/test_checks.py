@@ -22,8 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from benchmarks import __main__ as benchmark
-from benchmarks import models
-from helpers import checks
+from helpers import checks, models
 from helpers.checkpoints import get_checkpoint
 from helpers.checks import check_versions
 

@@ -3,8 +3,11 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import pytest
+import transformers
 
 import helpers
 from helpers import quiet
@@ -54,9 +57,20 @@ def test_install_twice_adds_no_second_filter():
     assert [logging.getLogger(logger).filters for logger, _ in quiet.NOISE] == before
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_loading_bars_come_back_in_a_terminal(is_terminal, monkeypatch):
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal))
+    quiet.show_loading_bars()
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    quiet.install()
+    assert shown == [is_terminal] * 2 and not any(log.is_progress_bar_enabled() for log in logs)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_helpers_import_neither_benchmarks_nor_training(name):
     tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {module.split(".")[0] for module in imported} & {"benchmarks", "training", "notebooks", "tools"}
+    others = {"benchmarks", "programs", "training", "notebooks", "tools"}
+    assert not {module.split(".")[0] for module in imported} & others

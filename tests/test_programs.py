@@ -203,7 +203,7 @@ def test_the_report_is_of_the_second_call(monkeypatch, capsys):
 
 
 def test_a_program_that_does_not_fit_is_a_row_and_another_failure_is_an_error(capfd):
-    fits = 'import json, benchmarks.models; print("noise"); print(json.dumps({"call_s": 1.0}))'
+    fits = 'import json, benchmarks.strategies; print("noise"); print(json.dumps({"call_s": 1.0}))'
     assert programs.run("It", fits) == {"fits": True, "call_s": 1.0}
     message = "6.51 GiB is allocated by PyTorch, and 388.12 MiB is reserved by PyTorch but unallocated. If reserved"
     row = programs.run("It", f"class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError({message!r})")

@@ -10,8 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from conftest import draw
 from diffusers import WanTransformer3DModel
 
-from benchmarks import models, strategies
-from helpers import cpu_backend, devices
+from benchmarks import strategies
+from helpers import cpu_backend, devices, models
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 from helpers.residency import record_residency

@@ -15,8 +15,8 @@ from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, ModelMixin
 from diffusers.utils import logging
 from peft import LoraConfig
 
-from benchmarks import models, strategies
-from helpers import cpu_backend, streaming
+from benchmarks import strategies
+from helpers import cpu_backend, models, streaming
 from helpers.checkpoints import PACKAGE_ROOT
 
 DEVICE = torch.device(torch.accelerator.current_accelerator() or "cpu")

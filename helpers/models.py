@@ -1,4 +1,4 @@
-"""What the benchmark must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
+"""What a program must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ LARGE = 0.25
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint as the strategies see it. All names are those of components of its pipeline.
+    """A checkpoint as programs see it. All names are those of components of its pipeline.
 
     Attributes:
         path: folder or repository id, as `from_pretrained` takes it.
@@ -57,6 +57,19 @@ class Model:
         return _pipeline_class(self.path)
 
 
+def find_given(path: str) -> str:
+    """What `from_pretrained` takes for a folder or a repository id, which must be there.
+
+    Raises:
+        TutorialError: it is not.
+    """
+    if path and Path(path).is_dir():
+        return path
+    if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
+        raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
+    return checks.find_on_hub(path)
+
+
 def find_model(path: str) -> Model:
     """Reads the index of a checkpoint, and the sizes of its files; downloads no weights.
 
@@ -66,14 +79,8 @@ def find_model(path: str) -> Model:
     Raises:
         TutorialError: it is no checkpoint of a pipeline, or none that draws from a prompt.
     """
-    index = read_index(path)
-    # An entry of a component is [library, class]; [null, null] is one that this checkpoint does without.
-    components = {
-        name: entry
-        for name, entry in index.items()
-        if isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    }
-    pipeline = index["_class_name"]
+    components = read_components(path)
+    pipeline = read_index(path)["_class_name"]
     call = call_parameters(path)
     if "prompt" not in call:
         raise TutorialError(f"{path} is a {pipeline}, which takes no prompt: give a text-to-image or -video model.")
@@ -100,7 +107,7 @@ def find_model(path: str) -> Model:
         for name, cls in classes.items()
         if _is_diffusers_model(cls) and ("Autoencoder" in cls.__name__ or "VQ" in cls.__name__)
     )
-    configs = [_read_json(path, f"{name}/config.json") for name in denoisers]
+    configs = [_read_json(path, f"{name}/config.json") for name in (*denoisers, *large)]
     is_quantized = any("quantization_config" in config for config in configs)
     return Model(path, denoisers, encoders, vaes, (*denoisers, *large), sizes, variant, is_quantized)
 
@@ -131,6 +138,12 @@ def check_folder(folder: Path, index_only: bool = False) -> None:
             f"{folder} is no complete checkpoint of a diffusers pipeline ({fault}): restore it, download it again, or "
             "give another folder or a repository id such as stabilityai/stable-diffusion-3.5-medium."
         )
+
+
+def read_components(path: str) -> dict[str, list[str]]:
+    """Library and class of each component of a checkpoint; [null, null] is one that it does without."""
+    entries = {name: entry for name, entry in read_index(path).items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: entry for name, entry in entries.items() if all(isinstance(part, str) for part in entry)}
 
 
 def _read_json(path: str, file: str) -> dict[str, Any]:
