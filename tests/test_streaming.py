@@ -109,6 +109,9 @@ def test_the_budget_is_spent_and_the_blocks_that_stay_are_spread_evenly(share):
     held = sum(parcel.bytes for parcel in streamed.parcels if parcel.host is None) / 1e9
     assert share * whole - largest <= held + streamed.ring.size / 1e9 <= share * whole + 1e-9
     assert all(stay) == (share == 1.0)
+    # What is small stays: to point to it takes longer than it saves.
+    assert all(tensor.nbytes >= largest * 1e6 * 0.99 for parcel in streamed.parcels for tensor in parcel.tensors)
+    assert any(tensor.nbytes < largest * 1e6 for tensor in streamed.rest.tensors)
     halves = len(stay) // 2
     assert abs(sum(stay[:halves]) - sum(stay[-halves:])) <= 1
     assert torch.equal(run(pipeline, "pocket"), expected)
