@@ -253,9 +253,9 @@ class Streamed:
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
         blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
         everything = tensors_of(model)
-        moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu") / GB
-        if moving > psutil.virtual_memory().available / GB:
-            raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
+        moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu")
+        if moving > psutil.virtual_memory().available:
+            raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
         uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
@@ -351,9 +351,7 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
     sizes = [parcel.bytes for parcel in streamed.parcels]
     if budget < max(sizes):
         streamed.remove()
-        raise ValueError(
-            f"The largest block takes {max(sizes) / GB:.4f} GB: give at least that, and better twice that."
-        )
+        raise ValueError(f"The largest block takes {size(max(sizes))}: give at least that, and better twice that.")
     streamed.rest.stay()
     streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes)))
     streamed.keep(budget - streamed.ring.size)
@@ -437,14 +435,15 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
 
     peak, vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
     if peak > limit and hasattr(vae, "enable_tiling") and not vae.use_tiling:
-        tiling = f"in tiles, because the whole picture takes the call to {peak / GB:.2f} GB"
+        tiling = "in tiles, because the limit is too low for the whole picture"
         filled.tiled_vae = vae
         vae.enable_tiling()
         peak = measure()
     if peak > limit:
+        takes = "more than is free" if peak == float("inf") else size(peak)
         raise MemoryError(
-            f"A call takes {peak / GB:.2f} GB of the card with every block streamed, and the limit is "
-            f"{limit / GB:.2f} GB: draw smaller, or give more."
+            f"With every block streamed a call takes {takes}, and the limit is {size(limit)}: draw smaller, or give "
+            "more."
         )
     room = limit - peak
     for names in (steps, [name for name in parts if name not in steps]):
@@ -454,16 +453,21 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
         if s.rest.host is not None and s.rest.bytes <= room and all(parcel.host is None for parcel in s.parcels):
             room -= s.rest.stay()
         moving = [parcel for parcel in s.parcels if parcel.host is not None]
-        size = sum(parcel.bytes for parcel in (*s.parcels, s.rest)) / GB
         how = "stays on the card" if s.rest.host is None else "comes when it is called, and leaves for the next"
         if moving:
-            gb = sum(parcel.bytes for parcel in moving) / GB
+            streamed = size(sum(parcel.bytes for parcel in moving))
             how += (
-                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {gb:.2f} GB a forward, for want of room"
+                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {streamed} a forward, for want of room"
             )
-        filled.reasons.append(f"{name} ({size:.2f} GB) {how}" + (f"; it decodes {tiling}." if s.model is vae else "."))
+        how += f"; it decodes {tiling}" if s.model is vae else ""
+        filled.reasons.append(f"{name} ({size(sum(parcel.bytes for parcel in (*s.parcels, s.rest)))}) {how}.")
     filled.least_gb, filled.expected_gb = peak / GB, (limit - room) / GB
     filled.reasons.append(
-        f"Expected: {filled.expected_gb:.2f} GB of {limit / GB:.2f} GB. With every block streamed, one step took "
-        f"{peak / GB:.2f} GB, of which {(held + ring.size) / GB:.2f} GB are weights that are always there."
+        f"Expected: {size(limit - room)} of {size(limit)}. With every block streamed a call takes {size(peak)}, "
+        f"{size(held + ring.size)} of it weights that are always there."
     )
+
+
+def size(count: float) -> str:
+    """Bytes in GB, or in MB if they are few."""
+    return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / 1e6:.2f} MB"
