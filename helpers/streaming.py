@@ -257,21 +257,26 @@ class Streamed:
         if moving > psutil.virtual_memory().available:
             raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
+        uses[id(next(model.parameters(), None))] = 0  # it stays with the rest: diffusers takes its device for the model's
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
         for tensor in everything:
             if tensor.nbytes < largest / 1000:
                 uses[id(tensor)] = 0  # it stays too: to point to it would take longer than it saves
+        # Buffers stay in any case: a pipeline may use those of a VAE without calling it.
+        buffers = {id(tensor): tensor for tensor in model.buffers()}
+        uses.update(dict.fromkeys(buffers, 2))
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
-        self.rest = Parcel([tensor for tensor in everything if uses[id(tensor)] != 1], self.device)
+        outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
+        self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
+        self.buffers.stay()
         model._streamed, model._apply = self, self.apply
         inside = {module for block in blocks for module in block.modules()}
-        outside = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
-        self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in outside]
+        entries = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
+        self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in entries]
 
     def __reduce__(self) -> Any:
         raise TypeError("A streamed model cannot be copied or pickled: end that first with `remove()`.")
@@ -290,7 +295,8 @@ class Streamed:
                 raise RuntimeError(
                     "Offloading was enabled for a streamed model: load it anew, and choose one of the two."
                 )
-            known = {id(tensor) for parcel in (*self.parcels, self.rest) for tensor in parcel.tensors}
+            parcels = (*self.parcels, self.rest, self.buffers)
+            known = {id(tensor) for parcel in parcels for tensor in parcel.tensors}
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
                     tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
@@ -325,7 +331,7 @@ class Streamed:
         self.ring.reset()
         self.ring.following.clear()
         self.ring.memory = self.ring.visitor = None
-        for parcel in (*self.parcels, self.rest):
+        for parcel in (*self.parcels, self.rest, self.buffers):
             parcel.restore()
         for hook in self.hooks:
             hook.remove()
