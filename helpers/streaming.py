@@ -257,7 +257,9 @@ class Streamed:
         if moving > psutil.virtual_memory().available:
             raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters(), None))] = 0  # it stays with the rest: diffusers takes its device for the model's
+        uses[id(next(model.parameters(), None))] = (
+            0  # it stays with the rest: diffusers takes its device for the model's
+        )
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
         for tensor in everything:
             if tensor.nbytes < largest / 1000:
