@@ -318,14 +318,15 @@ class Streamed:
         return self.model
 
     def keep(self, budget: float) -> int:
-        """Let blocks stay on the card, evenly spread, for at most `budget` bytes. Returns the bytes that were taken."""
-        streamed = [parcel for parcel in self.parcels if parcel.host is not None]
-        share = min(1, budget / max(1, sum(parcel.bytes for parcel in streamed)))
-        taken = due = 0
-        for parcel in streamed:
-            due += share * parcel.bytes
-            if taken + parcel.bytes <= due + 1:
-                taken += parcel.stay()
+        """Let blocks stay on the card, for at most `budget` bytes: the largest first, evenly spread over their kind.
+
+        They have most to copy for their compute. Returns the bytes that were taken.
+        """
+        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
+        for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
+            kind = [parcel for parcel in streamed if parcel.bytes == size]
+            count = min(len(kind), int((budget - taken) // size))
+            taken += sum(kind[number * len(kind) // count].stay() for number in range(count))
         return taken
 
     def remove(self) -> None:
@@ -347,7 +348,7 @@ class Streamed:
 def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device | str | None = None) -> Streamed:
     """Let the repeated blocks of a model take `budget_gb` of the card; the rest of the model stays there.
 
-    A small part of the budget is the ring. What is left are blocks that stay, evenly spread over the model.
+    A small part of the budget is the ring. What is left are blocks that stay.
 
     Raises:
         ValueError: no repeated blocks, a budget below the largest block, or a model that is offloaded already.
@@ -361,7 +362,7 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
         streamed.remove()
         raise ValueError(f"The largest block takes {size(max(sizes))}: give at least that, and better twice that.")
     streamed.rest.stay()
-    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes)))
+    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes))) // 256 * 256
     streamed.keep(budget - streamed.ring.size)
     return streamed
 
