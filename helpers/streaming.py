@@ -322,7 +322,7 @@ class Streamed:
 
         They have most to copy for their compute. Returns the bytes that were taken.
         """
-        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
+        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None and parcel.bytes], 0
         for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
             kind = [parcel for parcel in streamed if parcel.bytes == size]
             count = min(len(kind), int((budget - taken) // size))
