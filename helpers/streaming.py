@@ -99,8 +99,8 @@ class Parcel:
         self.point(self.views(card.copy_(self.host, non_blocking=True)))
 
     def leave(self) -> None:
-        """Back to the host buffer."""
-        self.point(self.homes)
+        """Back to the host buffer, unless all is to stay."""
+        self.point(self.homes or [tensor.data for tensor in self.tensors])
 
     def stay(self) -> int:
         """Come to the card for good, and free the host buffer. Returns its bytes."""
@@ -137,9 +137,10 @@ class Ring:
     when a copy has arrived, another when the computation has done with it and its room can be filled again.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.size, self.memory = device, 0, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device | str | None) -> None:
+        device = device or torch.accelerator.current_accelerator() or "cpu"
+        self.device, self.size, self.memory = torch.empty(0, device=device).device, 0, None
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.queue, self.used = deque(), deque()  # (parcel, start, copied event) and (start, done event)
         self.following, self.visitor = {}, None
         self.reset()
@@ -154,19 +155,6 @@ class Ring:
         self.queue.clear()
         self.used.clear()
         self.position, self.last, self.done, self.clean = 0, None, None, True
-
-    def is_idle(self) -> bool:
-        """Whether the card has done with all that came through the ring."""
-        return self.done is None or self.done.query()
-
-    def receive(self, visitor: "Streamed | None") -> None:
-        """What is outside the blocks of a model comes for its forward; that of another one leaves."""
-        if self.visitor not in (None, visitor):
-            self.visitor.rest.leave()
-            self.visitor = None
-        if visitor and not self.visitor:
-            visitor.rest.visit()
-            self.visitor = visitor
 
     def copy(self, parcel: Parcel) -> bool:
         """Start to copy a parcel behind the last one; False if there is no room yet."""
@@ -265,15 +253,15 @@ class Streamed:
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
         blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
         everything = tensors_of(model)
-        moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu") / GB
-        if moving > psutil.virtual_memory().available / GB:
-            raise MemoryError(f"{moving:.1f} GB of weights are to move to host memory, where less is free.")
+        moving = sum(tensor.nbytes for tensor in everything if tensor.device.type != "cpu")
+        if moving > psutil.virtual_memory().available:
+            raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
         uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
-        small = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0) / 1000
-        uses |= {
-            id(tensor): 0 for tensor in everything if tensor.nbytes < small
-        }  # and so does what costs more to point
+        largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
+        for tensor in everything:
+            if tensor.nbytes < largest / 1000:
+                uses[id(tensor)] = 0  # it stays too: to point to it would take longer than it saves
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
@@ -291,13 +279,13 @@ class Streamed:
     @torch.compiler.disable
     def begin(self, module: torch.nn.Module, *arguments: Any) -> Any:
         """Before a forward outside the blocks: bring what is outside to the card. Returns the arguments, there too."""
-        comes_and_goes = self.rest.host is not None
-        if module is not self.model and (not comes_and_goes or self.ring.visitor is self):
+        ring, comes_and_goes = self.ring, self.rest.host is not None
+        if module is not self.model and (not comes_and_goes or ring.visitor is self):
             return None
-        if not self.ring.clean:
-            self.ring.reset()
-        if self.ring.is_idle():  # between two calls, others may have changed the model: what was copied ahead is old
-            self.ring.queue.clear()
+        if not ring.clean:
+            ring.reset()
+        if ring.done is None or ring.done.query():  # idle, as between two calls: others may have changed the model
+            ring.queue.clear()
             if is_offloaded(self.model):
                 raise RuntimeError(
                     "Offloading was enabled for a streamed model: load it anew, and choose one of the two."
@@ -306,7 +294,12 @@ class Streamed:
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
                     tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
-        self.ring.receive(self if comes_and_goes else None)
+        if ring.visitor not in (None, self):
+            ring.visitor.rest.leave()
+            ring.visitor = None
+        if comes_and_goes and ring.visitor is None:
+            self.rest.visit()
+            ring.visitor = self
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
 
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -343,11 +336,6 @@ class Streamed:
         del self.model._streamed, self.model._apply
 
 
-def find_device(device: torch.device | str | None) -> torch.device:
-    """The device with its number; without one, the accelerator, or the CPU."""
-    return torch.empty(0, device=device or torch.accelerator.current_accelerator() or "cpu").device
-
-
 def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device | str | None = None) -> Streamed:
     """Let the repeated blocks of a model take `budget_gb` of the card; the rest of the model stays there.
 
@@ -359,13 +347,11 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
     """
     if not find_blocks(model):
         raise ValueError(f"A {type(model).__name__} has no repeated blocks to stream.")
-    streamed, budget = Streamed(model, Ring(find_device(device))), budget_gb * GB
+    streamed, budget = Streamed(model, Ring(device)), budget_gb * GB
     sizes = [parcel.bytes for parcel in streamed.parcels]
     if budget < max(sizes):
         streamed.remove()
-        raise ValueError(
-            f"The largest block takes {max(sizes) / GB:.4f} GB: give at least that, and better twice that."
-        )
+        raise ValueError(f"The largest block takes {size(max(sizes))}: give at least that, and better twice that.")
     streamed.rest.stay()
     streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes)))
     streamed.keep(budget - streamed.ring.size)
@@ -410,7 +396,7 @@ def fill_card(
     for model in models.values():
         if hasattr(model, "_streamed"):
             model._streamed.remove()
-    ring, filled = Ring(find_device(device)), Filled()
+    ring, filled = Ring(device), Filled()
     try:
         for name, model in models.items():
             # A VAE comes and goes whole: with tiles it would need its blocks many times.
@@ -449,16 +435,16 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
 
     peak, vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
     if peak > limit and hasattr(vae, "enable_tiling") and not vae.use_tiling:
-        tiling = f"in tiles, because the whole picture takes the call to {peak / GB:.2f} GB"
+        tiling = "in tiles, because the limit is too low for the whole picture"
         filled.tiled_vae = vae
         vae.enable_tiling()
         peak = measure()
     if peak > limit:
+        takes = "more than is free" if peak == float("inf") else size(peak)
         raise MemoryError(
-            f"A call takes {peak / GB:.2f} GB of the card with every block streamed, and the limit is "
-            f"{limit / GB:.2f} GB: draw smaller, or give more."
+            f"With every block streamed a call takes {takes}, and the limit is {size(limit)}: draw smaller, or give "
+            "more."
         )
-    ring.receive(None)
     room = limit - peak
     for names in (steps, [name for name in parts if name not in steps]):
         total = sum(parcel.bytes for name in names for parcel in parts[name].parcels)
@@ -467,16 +453,21 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
         if s.rest.host is not None and s.rest.bytes <= room and all(parcel.host is None for parcel in s.parcels):
             room -= s.rest.stay()
         moving = [parcel for parcel in s.parcels if parcel.host is not None]
-        size = sum(parcel.bytes for parcel in (*s.parcels, s.rest)) / GB
         how = "stays on the card" if s.rest.host is None else "comes when it is called, and leaves for the next"
         if moving:
-            gb = sum(parcel.bytes for parcel in moving) / GB
+            streamed = size(sum(parcel.bytes for parcel in moving))
             how += (
-                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {gb:.2f} GB a forward, for want of room"
+                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {streamed} a forward, for want of room"
             )
-        filled.reasons.append(f"{name} ({size:.2f} GB) {how}" + (f"; it decodes {tiling}." if s.model is vae else "."))
+        how += f"; it decodes {tiling}" if s.model is vae else ""
+        filled.reasons.append(f"{name} ({size(sum(parcel.bytes for parcel in (*s.parcels, s.rest)))}) {how}.")
     filled.least_gb, filled.expected_gb = peak / GB, (limit - room) / GB
     filled.reasons.append(
-        f"Expected: {filled.expected_gb:.2f} GB of {limit / GB:.2f} GB. With every block streamed, one step took "
-        f"{peak / GB:.2f} GB, of which {(held + ring.size) / GB:.2f} GB are weights that are always there."
+        f"Expected: {size(limit - room)} of {size(limit)}. With every block streamed a call takes {size(peak)}, "
+        f"{size(held + ring.size)} of it weights that are always there."
     )
+
+
+def size(count: float) -> str:
+    """Bytes in GB, or in MB if they are few."""
+    return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / 1e6:.2f} MB"

@@ -78,7 +78,8 @@ def save_component(name: str, model: Model, out: Path, device: str) -> None:
         settings["quantization_config"] = library.BitsAndBytesConfig(**NF4)
     if name not in model.quantized or device == "cpu":
         settings["device_map"] = "cpu"  # without it, weights are quantized on the card
-    cls.from_pretrained(source, **settings).save_pretrained(out / name)
+    # In small files: what reads them later has one in memory beside its own copy.
+    cls.from_pretrained(source, **settings).save_pretrained(out / name, max_shard_size="1GB")
     devices.free_memory()
 
 

@@ -109,6 +109,9 @@ def test_the_budget_is_spent_and_the_blocks_that_stay_are_spread_evenly(share):
     held = sum(parcel.bytes for parcel in streamed.parcels if parcel.host is None) / 1e9
     assert share * whole - largest <= held + streamed.ring.size / 1e9 <= share * whole + 1e-9
     assert all(stay) == (share == 1.0)
+    # What is small stays: to point to it takes longer than it saves.
+    assert all(tensor.nbytes >= largest * 1e6 * 0.99 for parcel in streamed.parcels for tensor in parcel.tensors)
+    assert any(tensor.nbytes < largest * 1e6 for tensor in streamed.rest.tensors)
     halves = len(stay) // 2
     assert abs(sum(stay[:halves]) - sum(stay[-halves:])) <= 1
     assert torch.equal(run(pipeline, "pocket"), expected)
@@ -358,7 +361,7 @@ def test_what_cannot_be_done_is_said():
     pipeline = build("pocket")
     transformer = pipeline.transformer
     whole, largest = blocks_gb(transformer)
-    with pytest.raises(ValueError, match=r"The largest block takes .* GB: give at least that"):
+    with pytest.raises(ValueError, match=r"The largest block takes .* MB: give at least that"):
         streaming.stream_blocks(transformer, largest / 2)
     with pytest.raises(ValueError, match="A Linear has no repeated blocks to stream"):
         streaming.stream_blocks(torch.nn.Linear(2, 2), 1)
@@ -375,7 +378,9 @@ def test_what_cannot_be_done_is_said():
         streaming.fill_card(pipeline, 1, **call_of("pocket"))
     assert not any(hasattr(part, "_streamed") for part in modules_of(pipeline).values())
     pipeline = build("pocket")
-    with pytest.raises(MemoryError, match=r"A call takes .* GB of the card with every block streamed, and the limit"):
+    with pytest.raises(
+        MemoryError, match="With every block streamed a call takes .* MB, and the limit is 0.10 MB: draw smaller"
+    ):
         streaming.fill_card(pipeline, 0.0001, **call_of("pocket"))
     assert not any(hasattr(part, "_streamed") for part in modules_of(pipeline).values())
 
