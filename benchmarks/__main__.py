@@ -76,7 +76,11 @@ def parse() -> argparse.Namespace:
     default = "pocket-flux" if devices.accelerator().type == "cpu" else "random-flux"
     parser.add_argument("--checkpoint", default=default, help=f"folder, repository id, or name; here {default}")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="TEXT", help="what contains a TEXT, of all that --list names"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="what contains a TEXT, of all that --list names; or a whole name such as 'bf16, streamed, 6.5 GB, eager'",
     )
     parser.add_argument("--list", action="store_true", help="print the names of all combinations and stop")
     parser.add_argument("--prompt", help="what to draw")
@@ -112,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(strategies.COMBINATIONS)
     if args.only:
         names = [name for name in NAMES if any(text in name for text in args.only)]
+        names += [text for text in args.only if strategies.is_streamed(text) and text not in names]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     files.check_writable(args.results, "name another folder with --results")
@@ -234,7 +239,7 @@ def measure_one(
                     strategies.assemble,
                     checkpoint,
                     name,
-                    {"name": name, "model": asdict(model)},
+                    {"name": name, "model": asdict(model), "call": checkpoint.call_arguments},
                     args.repeats,
                     args.warmups,
                     picture=pictures / f"{slug(name)}.png",

@@ -70,6 +70,7 @@ BREAKS = [
     (FLUX, change(NF4, run_peak_gb=1.405), "running 1.41"),
     (FLUX, change(NF4, reserved_gb=10.0), "less is reserved"),
     (FLUX, change(OFFLOADED, reserved_gb=8.0), "less is reserved"),  # than was allocated while loading
+    (FLUX, change(NF4, name="bf16, streamed, 14.9 GB, eager", reserved_gb=15.0), "15.0 GB reserved"),
     (FLUX, change(NF4, footprint_gb=29.0), "in bf16"),
     (FLUX, change(OFFLOADED, host_peak_gb=1.951), "host memory"),
     (FLUX, change(NF4, run_peak_gb=None), "no run_peak_gb"),
