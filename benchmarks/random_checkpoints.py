@@ -122,6 +122,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dty
 # The largest file of weights, in bytes, as published: it decides how much host memory loading takes.
 FILE_SIZE = 5e9
 FILE_SIZES = {("flux", "transformer"): 10e9}
+NF4_FILE_SIZE = 1e9  # as programs/save_nf4.py writes them
 
 
 def create(model: str, name: str, nf4: bool = False) -> torch.nn.Module:
@@ -284,7 +285,8 @@ def write_checkpoint(model: str, nf4: bool, folder: Path) -> None:
     with tqdm(total=total, unit="B", unit_scale=True) as bar:
         for name, module in modules.items():
             bar.set_description(name)
-            write_component(module, folder / name, FILE_SIZES.get((model, name), FILE_SIZE), bar)
+            file_size = NF4_FILE_SIZE if nf4 else FILE_SIZES.get((model, name), FILE_SIZE)
+            write_component(module, folder / name, file_size, bar)
 
 
 def build(model: str, nf4: bool = False) -> Path:

@@ -257,21 +257,28 @@ class Streamed:
         if moving > psutil.virtual_memory().available:
             raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters()))] = 0  # it stays with the rest: diffusers takes its device for the model's
+        uses[id(next(model.parameters(), None))] = (
+            0  # it stays with the rest: diffusers takes its device for the model's
+        )
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
         for tensor in everything:
             if tensor.nbytes < largest / 1000:
                 uses[id(tensor)] = 0  # it stays too: to point to it would take longer than it saves
+        # Buffers stay in any case: a pipeline may use those of a VAE without calling it.
+        buffers = {id(tensor): tensor for tensor in model.buffers()}
+        uses.update(dict.fromkeys(buffers, 2))
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
-        self.rest = Parcel([tensor for tensor in everything if uses[id(tensor)] != 1], self.device)
+        outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
+        self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
+        self.buffers.stay()
         model._streamed, model._apply = self, self.apply
         inside = {module for block in blocks for module in block.modules()}
-        outside = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
-        self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in outside]
+        entries = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
+        self.hooks = [module.register_forward_pre_hook(self.begin, with_kwargs=True) for module in entries]
 
     def __reduce__(self) -> Any:
         raise TypeError("A streamed model cannot be copied or pickled: end that first with `remove()`.")
@@ -290,7 +297,8 @@ class Streamed:
                 raise RuntimeError(
                     "Offloading was enabled for a streamed model: load it anew, and choose one of the two."
                 )
-            known = {id(tensor) for parcel in (*self.parcels, self.rest) for tensor in parcel.tensors}
+            parcels = (*self.parcels, self.rest, self.buffers)
+            known = {id(tensor) for parcel in parcels for tensor in parcel.tensors}
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
                     tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
@@ -310,14 +318,15 @@ class Streamed:
         return self.model
 
     def keep(self, budget: float) -> int:
-        """Let blocks stay on the card, evenly spread, for at most `budget` bytes. Returns the bytes that were taken."""
-        streamed = [parcel for parcel in self.parcels if parcel.host is not None]
-        share = min(1, budget / max(1, sum(parcel.bytes for parcel in streamed)))
-        taken = due = 0
-        for parcel in streamed:
-            due += share * parcel.bytes
-            if taken + parcel.bytes <= due + 1:
-                taken += parcel.stay()
+        """Let blocks stay on the card, for at most `budget` bytes: the largest first, evenly spread over their kind.
+
+        They have most to copy for their compute. Returns the bytes that were taken.
+        """
+        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
+        for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
+            kind = [parcel for parcel in streamed if parcel.bytes == size]
+            count = min(len(kind), int((budget - taken) // size))
+            taken += sum(kind[number * len(kind) // count].stay() for number in range(count))
         return taken
 
     def remove(self) -> None:
@@ -325,7 +334,7 @@ class Streamed:
         self.ring.reset()
         self.ring.following.clear()
         self.ring.memory = self.ring.visitor = None
-        for parcel in (*self.parcels, self.rest):
+        for parcel in (*self.parcels, self.rest, self.buffers):
             parcel.restore()
         for hook in self.hooks:
             hook.remove()
@@ -339,7 +348,7 @@ class Streamed:
 def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device | str | None = None) -> Streamed:
     """Let the repeated blocks of a model take `budget_gb` of the card; the rest of the model stays there.
 
-    A small part of the budget is the ring. What is left are blocks that stay, evenly spread over the model.
+    A small part of the budget is the ring. What is left are blocks that stay.
 
     Raises:
         ValueError: no repeated blocks, a budget below the largest block, or a model that is offloaded already.
@@ -353,7 +362,7 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
         streamed.remove()
         raise ValueError(f"The largest block takes {size(max(sizes))}: give at least that, and better twice that.")
     streamed.rest.stay()
-    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes)))
+    streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes))) // 256 * 256
     streamed.keep(budget - streamed.ring.size)
     return streamed
 

@@ -31,8 +31,6 @@ from helpers.errors import TutorialError
 
 # A shell starts a job in the background with Ctrl-C ignored, and so would be the programs that the tests stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The tiny models are faster on one thread, and many times so where others use the cores as well.
-torch.set_num_threads(1)
 
 
 cpu_backend.enable()

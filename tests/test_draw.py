@@ -197,7 +197,9 @@ def test_numbers_that_cannot_be(option, capsys):
 
 
 def test_too_little_memory_and_a_size_that_cannot_be(folder):
-    assert refusal(folder("sd3"), "cat", *SMALL, "--memory-gb", "0.0000001").startswith("A call takes ")
+    assert refusal(folder("sd3"), "cat", *SMALL, "--memory-gb", "0.0000001").startswith(
+        "With every block streamed a call takes "
+    )
     assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
 
 

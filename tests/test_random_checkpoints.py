@@ -217,7 +217,8 @@ def test_checkpoint_is_what_the_libraries_save(model, cache, tmp_path):
 @MODELS
 @pytest.mark.parametrize("nf4", [False, True])
 def test_large_components_are_several_files(model, nf4, cache, monkeypatch):
-    monkeypatch.setattr(random_checkpoints, "FILE_SIZE", 20_000)
+    for size in ("FILE_SIZE", "NF4_FILE_SIZE"):
+        monkeypatch.setattr(random_checkpoints, size, 20_000)
     monkeypatch.setattr(random_checkpoints, "FILE_SIZES", {})
     folder = build(model, nf4)
     for name in QUANTIZED[model]:
