@@ -6,8 +6,9 @@
 
 The checkpoint is any text-to-image or text-to-video model of diffusers: a folder, a repository id of the Hub, or one
 of the lessons' own (pocket-flux, pocket-wan, random-flux, random-wan). A combination that fails is a row that says why,
-and the others go on. The results go to one JSON file for each checkpoint and device, row by row: the same command goes
-on where it was stopped, and tries again what failed.
+and the others go on. `reserved_gb` is what a card must have, beside the 0.7 GB of CUDA itself; the two peaks are what
+was allocated. The results go to one JSON file for each checkpoint and device, row by row: the same command goes on
+where it was stopped, and tries again what failed.
 """
 
 import argparse
@@ -37,7 +38,7 @@ RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
 REFERENCE = strategies.COMBINATIONS[0]
 COLUMNS = {
     "load_s": ".1f", "first_call_s": ".1f", "latency_s": ".2f", "spread_s": ".2f", "step_ms": ".0f",
-    "load_peak_gb": ".2f", "run_peak_gb": ".2f", "peak_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
+    "load_peak_gb": ".2f", "run_peak_gb": ".2f", "reserved_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
 }  # fmt: skip
 NAMES = (*strategies.COMBINATIONS, *strategies.VARIANTS)
 SETTINGS = ("height", "width", "num_frames", "num_inference_steps")
@@ -75,7 +76,11 @@ def parse() -> argparse.Namespace:
     default = "pocket-flux" if devices.accelerator().type == "cpu" else "random-flux"
     parser.add_argument("--checkpoint", default=default, help=f"folder, repository id, or name; here {default}")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="TEXT", help="what contains a TEXT, of all that --list names"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="what contains a TEXT, of all that --list names; or a whole name such as 'bf16, streamed, 6.5 GB, eager'",
     )
     parser.add_argument("--list", action="store_true", help="print the names of all combinations and stop")
     parser.add_argument("--prompt", help="what to draw")
@@ -111,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(strategies.COMBINATIONS)
     if args.only:
         names = [name for name in NAMES if any(text in name for text in args.only)]
+        names += [text for text in args.only if strategies.is_streamed(text) and text not in names]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     files.check_writable(args.results, "name another folder with --results")
@@ -233,7 +239,7 @@ def measure_one(
                     strategies.assemble,
                     checkpoint,
                     name,
-                    {"name": name, "model": asdict(model)},
+                    {"name": name, "model": asdict(model), "call": checkpoint.call_arguments},
                     args.repeats,
                     args.warmups,
                     picture=pictures / f"{slug(name)}.png",

@@ -5,7 +5,10 @@ Each strategy is one small function, made of the calls that the lessons teach. A
 those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/speed-memory-optims, as it has them.
 """
 
+import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -18,9 +21,11 @@ from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
 from helpers.models import Model
 from helpers.residency import is_model_offloaded
+from helpers.streaming import fill_card, find_blocks
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 CPU = torch.device("cpu")
+LIMIT = r"(\d+|\d*\.\d+) GB"
 
 
 # How the weights come
@@ -100,6 +105,23 @@ def offload_blocks(
         if rest_stays:
             keep_rest_on_card(denoiser)
     _offload_all_but_denoisers(pipeline, model)
+
+
+def stream(pipeline: DiffusionPipeline, model: Model, limit_gb: float, **call: Any) -> None:
+    """As much on the accelerator as `limit_gb` has room for; the other blocks are streamed. `call` is that to come.
+
+    From here on PyTorch reserves no more than that: what does not fit a card of this size must not fit a larger one.
+
+    Raises:
+        TutorialError: the limit is too low for the call, or the host has too little memory.
+    """
+    if devices.accelerator().type == "cuda":
+        total = torch.accelerator.get_memory_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * devices.GB / total))
+    try:
+        fill_card(pipeline, limit_gb, **call)
+    except (MemoryError, ValueError) as error:
+        raise TutorialError(str(error)) from error
 
 
 def _offload_all_but_denoisers(pipeline: DiffusionPipeline, model: Model) -> None:
@@ -285,6 +307,7 @@ PLACEMENTS = {
     "leaf group offload with record_stream": partial(offload_leaves, record_stream=True),
     "block group offload without record_stream": partial(offload_blocks, record_stream=False),
     "block group offload with the rest on the card": partial(offload_blocks, rest_stays=True),
+    **{f"streamed, {limit} GB": partial(stream, limit_gb=limit) for limit in (4, 8, 12)},  # or any other limit
 }
 COMPILATIONS = {
     "eager": run_eagerly,
@@ -311,11 +334,14 @@ COMBINATIONS = (
     "saved nf4, leaf group offload, eager",
     "saved nf4, block group offload, eager",
     "saved nf4, block group offload, compiled inside",
+    "saved nf4, streamed, 4 GB, regional compile",
+    "saved nf4, streamed, 8 GB, regional compile",
+    "saved nf4, streamed, 12 GB, regional compile",
     "recipe 1",
     "recipe 2",
     "recipe 3",
 )
-# Settings of group offload, measured when they are asked for by name.
+# Settings of group offload, measured when they are asked for by name, as other streamed combinations are.
 VARIANTS = (
     "saved nf4, leaf group offload with record_stream, eager",
     "saved nf4, block group offload without record_stream, compiled inside",
@@ -323,18 +349,35 @@ VARIANTS = (
 )
 
 
-def assemble(name: str, model: dict) -> DiffusionPipeline:
-    """The pipeline of a combination, ready to be called. `model` is a `Model` as a dictionary."""
+def is_streamed(name: str) -> bool:
+    """Whether this names a streamed combination, of whichever limit."""
+    return re.fullmatch(rf"({'|'.join(STARTS)}), streamed, {LIMIT}, ({'|'.join(COMPILATIONS)})", name) is not None
+
+
+def find_placement(placement: str, call: dict[str, Any]) -> Callable[[DiffusionPipeline, Model], None]:
+    """The function that puts a pipeline in its place, before it is called with `call`."""
+    if streamed := re.fullmatch(f"streamed, {LIMIT}", placement):
+        return partial(stream, limit_gb=float(streamed[1]), **call)
+    return PLACEMENTS[placement]
+
+
+def assemble(name: str, model: dict, call: dict[str, Any] | None = None) -> DiffusionPipeline:
+    """The pipeline of a combination, ready to be called. `model` is a `Model` as a dictionary.
+
+    `call` are the arguments of the calls to come: what is streamed depends on the size.
+    """
     subject = Model(**model)
     if name in RECIPES:
         pipeline = RECIPES[name](subject)
         check(pipeline, subject, name, "nf4", RECIPE_PLACEMENTS[name])
         return pipeline
-    start, placement, compilation = name.split(", ")
+    start, *words, compilation = name.split(", ")
+    placement = ", ".join(words)
     pipeline = STARTS[start](subject)
-    steps = [PLACEMENTS[placement], COMPILATIONS[compilation]]
-    # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks.
-    for step in reversed(steps) if compilation == "compiled inside" else steps:
+    steps = [find_placement(placement, call or {}), COMPILATIONS[compilation]]
+    # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks, and before
+    # the streaming, which measures what the compiled blocks need.
+    for step in reversed(steps) if compilation == "compiled inside" or words[0] == "streamed" else steps:
         step(pipeline, subject)
     check(pipeline, subject, name, start, placement)
     return pipeline
@@ -356,11 +399,19 @@ def check(pipeline: DiffusionPipeline, model: Model, name: str, start: str, plac
         found, wanted = _how_moved(module), _how_to_move(pipeline, model, part, placement)
         if found != wanted:
             raise TutorialError(f"{name}: the {part} is {found} and should be {wanted}: mend this strategy.")
+    if streamed := re.fullmatch(f"streamed, {LIMIT}", placement):
+        handles = [module._streamed for module in devices.component_modules(pipeline).values()]
+        parcels = [parcel for handle in handles for parcel in (*handle.parcels, handle.rest)]
+        stays = sum(parcel.bytes for parcel in parcels if parcel.host is None) / devices.GB
+        if stays > float(streamed[1]):
+            raise TutorialError(f"{name}: {stays:.3f} GB stay on the accelerator: mend this strategy.")
 
 
 def _how_to_move(pipeline: DiffusionPipeline, model: Model, part: str, placement: str) -> str:
     """What `_how_moved` must say of a component."""
     rest = (*model.text_encoders, *model.vaes)
+    if placement.startswith("streamed"):
+        return "streamed"
     if placement == "model offload" and part not in pipeline._exclude_from_cpu_offload:
         return "moved as a whole"
     if "group offload" in placement and part in model.denoisers:
@@ -373,6 +424,10 @@ def _how_to_move(pipeline: DiffusionPipeline, model: Model, part: str, placement
 
 def _how_moved(module: torch.nn.Module) -> str:
     """How a component comes to the accelerator, by its hooks; without any, where its weights are."""
+    if hasattr(module, "_streamed"):
+        is_whole = hasattr(module, "decode")  # a VAE comes and goes as a whole
+        in_force = is_whole or all(hasattr(block, "_streamed") for block in find_blocks(module))
+        return "streamed" if in_force else "streamed in part"
     if is_model_offloaded(module):
         return "moved as a whole"
     registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]

@@ -20,6 +20,11 @@ from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LABELS = {
+    "reserved_gb": "highest reserved accelerator memory (GB)",
+    "peak_gb": "highest allocated accelerator memory (GB)",
+    "host_peak_gb": "host memory (GB)",
+}
 STYLE = {"axes.titlelocation": "left", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -36,6 +41,10 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def _all_reserved(measurements: Sequence[Measurement]) -> bool:
+    return all(entry.reserved_gb is not None for entry in measurements)
+
+
 def _short(number: float) -> str:
     return f"{number:.{decimals(number)}f}"
 
@@ -50,15 +59,20 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 def latency_memory_chart(
     measurements: Sequence[Measurement],
-    memory: str = "peak_gb",
+    memory: str | None = None,
     title: str = "",
-    memory_label: str = "memory the accelerator must have (GB)",
+    memory_label: str | None = None,
 ) -> Figure:
     """Latency (seconds, up) against memory (GB, right), one named point for each measurement; lower left is best.
 
-    `memory` is a field of `Measurement`: on a CPU, where "peak_gb" is None, take "footprint_mb" or "host_peak_gb".
-    Raises ValueError if a measurement lacks one of the two figures.
+    `memory` is a field of `Measurement`; without one "reserved_gb", which the card must have, or "peak_gb" where a
+    measurement is older than that, with a label that says which. On a CPU, which has neither, take "footprint_mb" or
+    "host_peak_gb". Raises ValueError if a measurement lacks one of the two figures.
     """
+    if memory is None:
+        memory = "reserved_gb" if _all_reserved(measurements) else "peak_gb"
+    if memory_label is None:
+        memory_label = LABELS.get(memory, memory)
     points = [(entry.latency_s, value(entry, memory), entry.name) for entry in measurements]
     for *figures, name in points:
         if None in figures:
@@ -81,9 +95,10 @@ def latency_memory_chart(
 
 
 def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "latency_s", title: str = "") -> Figure:
-    """One row for each measurement: a bar for its time, and two thin ones for its load peak and its run peak.
+    """One row for each measurement: a bar for its time, and one for the memory reserved, which the card must have.
 
-    `figure` is "latency_s" or "step_ms". Without an accelerator the right panel shows the host's peak. Good for many
+    `figure` is "latency_s" or "step_ms". Where a measurement is older than `reserved_gb`, two thin bars show the
+    allocated peaks instead, loading and running; without an accelerator one shows the host's. Good for many
     measurements; `latency_memory_chart` shows the trade between the two for a few. Raises ValueError if there are no
     measurements, or one lacks the figure.
     """
@@ -92,6 +107,8 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
     label = {"latency_s": "latency of one call (s)", "step_ms": "one denoising step (ms)"}[figure]
     on_card = any(entry.peak_gb is not None for entry in measurements)
     peaks = {"load_peak_gb": "while loading", "run_peak_gb": "while running"} if on_card else {"host_peak_gb": "host"}
+    if _all_reserved(measurements):
+        peaks = {"reserved_gb": "reserved"}
     rows, height = np.arange(len(measurements)), 0.7 / len(peaks)
     size = (10, 0.34 * len(measurements) + 1.5)
     with _drawing(1, 2, figsize=size, sharey=True) as (drawing, (left, right)):
@@ -106,8 +123,8 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
             _name_rows(axes, [entry.name for entry in measurements])
             axes.margins(x=0.15)
         left.set(xlabel=label, title=title)
-        right.set(xlabel="accelerator memory (GB)" if on_card else "host memory (GB)")
-        if on_card:
+        right.set(xlabel=LABELS[next(iter(peaks)) if len(peaks) == 1 else "peak_gb"])
+        if len(peaks) > 1:
             drawing.legend(loc="outside lower right", ncols=2, fontsize=9, frameon=False)  # over no bar
     return drawing
 

@@ -20,6 +20,7 @@ from torch.utils.collect_env import get_nvidia_driver_version, run
 from helpers.errors import TutorialError
 
 GB = 1e9
+_reserved = 0  # bytes: the highest that `reserved_gb` has read so far
 
 
 def accelerator() -> torch.device:
@@ -43,6 +44,18 @@ def memory_gb() -> float:
     if has_memory_statistics():
         return torch.accelerator.memory_allocated() / GB
     return psutil.Process().memory_info().rss / GB
+
+
+def reserved_gb() -> float | None:
+    """Highest memory in GB that PyTorch had reserved on the accelerator since this process began; None without one.
+
+    What resets PyTorch's own counter must call this first: it remembers the highest figure that it has seen.
+    """
+    global _reserved
+    if not has_memory_statistics():
+        return None
+    _reserved = max(_reserved, torch.accelerator.max_memory_reserved())
+    return _reserved / GB
 
 
 def free_memory() -> float:

@@ -18,7 +18,7 @@ from unittest import mock
 import psutil
 import torch
 
-from helpers.devices import GB, accelerator, has_memory_statistics, synchronize
+from helpers.devices import GB, accelerator, has_memory_statistics, reserved_gb, synchronize
 
 
 def _watch_host() -> Callable[[], float]:
@@ -56,19 +56,29 @@ def _kernel_peak_gb() -> float:
 
 @contextlib.contextmanager
 def _peaks() -> Iterator[dict[str, float | None]]:
-    """Peaks of the block in GB, once it is left: of the "accelerator" (None without one), and of the "host"."""
-    peaks = {"accelerator": None}
+    """Peaks of the block in GB, once it is left: of the "accelerator" (None without one), and of the "host".
+
+    `fill_card` resets PyTorch's counters while it plans: what they had counted by then is read before.
+    """
+    peaks, reset = {"accelerator": None}, torch.cuda.reset_peak_memory_stats
+
+    def read() -> None:
+        if has_memory_statistics():
+            peaks["accelerator"] = max(peaks["accelerator"] or 0.0, torch.accelerator.max_memory_allocated() / GB)
+            reserved_gb()
+
     synchronize()
     if has_memory_statistics():
+        reserved_gb()
         torch.accelerator.reset_peak_memory_stats()
     stop = _watch_host()
     try:
-        yield peaks
+        with mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda device=None: (read(), reset(device))):
+            yield peaks
     finally:
         synchronize()
         peaks["host"] = stop()
-        if has_memory_statistics():
-            peaks["accelerator"] = torch.accelerator.max_memory_allocated() / GB
+        read()
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def measure_in_fresh_process(
 
         run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
         drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
+        drawn["reserved_gb"] = devices.reserved_gb()
         drawn["steps"] = call.get("num_inference_steps")
         drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
         return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)

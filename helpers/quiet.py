@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 # (logger, start of the message): what the libraries log on a correct installation.
 NOISE = [
@@ -11,7 +12,11 @@ NOISE = [
     # Image processors are imported along with the pipelines and never called.
     ("transformers.utils.import_utils", "`CLIPImageProcessor` requires torchvision"),
     ("transformers.utils.import_utils", "`SiglipImageProcessor` requires torchvision"),
+    # Group offload with a stream: the embedding `shared` of T5 and UMT5 is harmless, see lesson 3.
+    ("diffusers.hooks.group_offloading", "It seems like some layers were not executed during the forward pass"),
 ]
+# Starts of what the libraries warn of. The lessons compute in bfloat16, and the few float32 products stay exact.
+WARNINGS = ["TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled"]
 
 
 class _Starts(logging.Filter):
@@ -40,6 +45,8 @@ def install() -> None:
     os.environ.setdefault("TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED", "0")
     for logger, start in NOISE:
         logging.getLogger(logger).addFilter(_Starts(start))
+    for start in WARNINGS:
+        warnings.filterwarnings("ignore", start)  # which adds no filter twice either
 
     import diffusers.utils.logging
     import transformers.utils.logging

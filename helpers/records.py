@@ -28,6 +28,7 @@ class Measurement:
     step_ms: float | None = None  # median denoising step
     load_peak_gb: float | None = None  # highest allocated accelerator memory while loading; None on a CPU
     run_peak_gb: float | None = None  # the same while running
+    reserved_gb: float | None = None  # highest that PyTorch had reserved, loading included: what the card must have
     host_peak_gb: float | None = None  # highest resident host memory, loading and running
     footprint_gb: float | None = None  # bytes of all weights, wherever they are
     # Where, with what and on what this was measured.
@@ -55,7 +56,7 @@ class Measurement:
 
     @property
     def peak_gb(self) -> float | None:
-        """The larger of the two accelerator peaks: what the card must have. None on a CPU."""
+        """The larger of the two accelerator peaks. None on a CPU."""
         peaks = [peak for peak in (self.load_peak_gb, self.run_peak_gb) if peak is not None]
         return max(peaks, default=None)
 

@@ -119,7 +119,7 @@ def draw(args: argparse.Namespace) -> str:
         drawn.save(out)
     card = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of the card reserved" if has_card else ""
     silent = ", without its sound" if getattr(output, "audio", None) is not None else ""
-    return f"{out}{silent}: drawn in {seconds:.1f} s{card}"
+    return f"{out}{silent}: drawn in {seconds:.2f} s{card}"
 
 
 def main(arguments: list[str] | None = None) -> None:

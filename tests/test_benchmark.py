@@ -105,13 +105,14 @@ def test_weights_in_the_fp16_variant_only(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
-def test_strategies_draw_the_same(family, checkpoint, tmp_path):
+def test_strategies_draw_the_same(family, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)  # it would last
     model = models.find_model(str(checkpoint(family)))
     strategies.save_nf4(asdict(model), str(tmp_path))
     arguments = asdict(replace(model, saved=str(tmp_path)))
 
     def run(name: str) -> tuple[torch.Tensor, set[str]]:
-        pipeline = strategies.assemble(name, arguments)
+        pipeline = strategies.assemble(name, arguments, {"prompt": "a lighthouse"} | tiny_pipelines.CALLS[family])
         sizes = devices.component_footprints(pipeline)
         return draw(pipeline, family), {part for part in sizes if "nf4" in sizes[part]}
 
@@ -125,6 +126,7 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     torch.testing.assert_close(run("saved nf4, block group offload, eager")[0], leaves)
     stays = "saved nf4, block group offload with the rest on the card, eager"
     torch.testing.assert_close(run(stays)[0], leaves)
+    torch.testing.assert_close(run("saved nf4, streamed, 2 GB, eager")[0], leaves)
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only
@@ -151,8 +153,9 @@ def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
 def test_combinations_are_made_of_strategies():
     for name in (*strategies.COMBINATIONS, *strategies.VARIANTS):
         if name not in strategies.RECIPES:
-            start, placement, compilation = name.split(", ")
-            assert start in strategies.STARTS and placement in strategies.PLACEMENTS
+            start, *placement, compilation = name.split(", ")
+            assert start in strategies.STARTS and ", ".join(placement) in strategies.PLACEMENTS
+            assert strategies.is_streamed(name) == ("streamed" in name)
             assert compilation in strategies.COMPILATIONS
 
 
@@ -177,13 +180,14 @@ class Processes:
     """Takes the place of the processes: remembers what it was asked to measure, and fails where it is told to."""
 
     def __init__(self, monkeypatch) -> None:
-        self.measured = []
+        self.measured, self.arguments = [], {}
         self.failures = {}
         monkeypatch.setattr(processes, "measure_in_fresh_process", self.measure)
         monkeypatch.setattr(processes, "run_in_fresh_process", self.save)
 
     def measure(self, load, checkpoint, name, arguments, repeats, warmups, picture, timeout_s):
         self.measured.append(name)
+        self.arguments[name] = arguments
         if name in self.failures:
             self.failures[name]()
         Image.new("RGB", (8, 8), (len(self.measured), 0, 0)).save(picture)
@@ -254,6 +258,16 @@ def test_what_was_measured_is_not_measured_again(checkpoint, started, monkeypatc
     assert started.measured[4:] == ["bf16, resident, eager"] and len(results(tmp_path / "r")) == 4
     assert run(monkeypatch, *options, "--only", "bf16", "--again", "--steps", "7") == ""
     assert {row.steps for row in results(tmp_path / "r").values()} == {7}
+
+
+def test_streamed_within_any_number_of_gb_that_is_named(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--height", "32", "--only")
+    other = "saved nf4, streamed, 5.5 GB, regional compile"
+    assert run(monkeypatch, *options, other, "streamed, 4 GB") == ""
+    assert started.measured == ["save", "saved nf4, streamed, 4 GB, regional compile", other]
+    call = started.arguments[other]["call"]
+    assert (call["height"], call["prompt"]) == (32, program.PROMPT)
+    assert "No combination contains streamed, 5.5 GB" in run(monkeypatch, *options, "streamed, 5.5 GB")
 
 
 def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):
@@ -489,13 +503,19 @@ def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
     assert list(results(tmp_path / "r")) == ["bf16, resident, eager"]
 
     capsys.readouterr()
-    chosen = ["--only", "bf16, resident, eager", "block group offload, eager"]
-    assert run(monkeypatch, *options, *chosen) == ""
-    first, second = results(tmp_path / "r").values()
+    tight, too_tight = (f"saved nf4, streamed, {limit} GB, eager" for limit in (0.001, 0.0001))
+    chosen = ["--only", "bf16, resident, eager", "block group offload, eager", tight, too_tight]
+    sentence = run(monkeypatch, *options, *chosen)
+    first, second, *streamed = results(tmp_path / "r").values()
+    if devices.accelerator().type == "cpu":  # a real card has no pages so small
+        assert (streamed[0].name, streamed[0].failure, streamed[0].distance) == (tight, None, second.distance)
+    assert sentence.startswith(f"{sum(row.failure is not None for row in streamed)} of 4")
+    assert streamed[1].name == too_tight and streamed[1].failure.endswith("draw smaller, or give more.")
     assert (second.name, second.failure) == ("saved nf4, block group offload, eager", None)
     assert (second.height, second.width, second.frames, second.steps) == (32, 32, 9, 2)
     assert first.distance == 0 and 0 < second.distance < 25 and second.spread_s == 0
     values = json.loads(next((tmp_path / "r").glob("*.json")).read_text())[1]
-    optional = {"driver", "failure", "source"} | ({"load_peak_gb", "run_peak_gb"} if second.peak_gb is None else set())
+    of_cards = {"load_peak_gb", "run_peak_gb", "reserved_gb"}
+    optional = {"driver", "failure", "source"} | (of_cards if devices.accelerator().type == "cpu" else set())
     assert {name for name, value in values.items() if value is None} <= optional
     assert values["call"]["prompt"] == program.PROMPT

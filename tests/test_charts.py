@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -124,6 +125,24 @@ def test_bars_on_a_cpu_show_host_memory():
     left, right = charts.latency_memory_bars([Measurement("nf4", latency_s=5.2, host_peak_gb=1.5)]).axes
     assert [bar.get_width() for bar in right.patches] == [1.5]
     assert right.get_xlabel() == "host memory (GB)"
+
+
+def test_charts_show_the_reserved_memory_where_all_have_it_and_say_so():
+    rows = [
+        Measurement("nf4", latency_s=5.2, load_peak_gb=11.0, run_peak_gb=14.05, reserved_gb=15.0),
+        Measurement("saved nf4", latency_s=9.3, load_peak_gb=0.0, run_peak_gb=7.14, reserved_gb=8.0),
+    ]
+    _, right = charts.latency_memory_bars(rows).axes
+    (axes,) = charts.latency_memory_chart(rows).axes
+    assert [bar.get_width() for bar in right.patches] == [15.0, 8.0]
+    assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [8.0, 15.0]
+    assert right.get_xlabel() == axes.get_xlabel() == "highest reserved accelerator memory (GB)"
+    rows[0] = replace(rows[0], reserved_gb=None)  # an older one
+    _, right = charts.latency_memory_bars(rows).axes
+    (axes,) = charts.latency_memory_chart(rows).axes
+    assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
+    assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [7.14, 14.05]
+    assert right.get_xlabel() == axes.get_xlabel() == "highest allocated accelerator memory (GB)"
 
 
 @pytest.mark.parametrize("rows", [[], [Measurement("nf4")]])

@@ -2,12 +2,17 @@ import ast
 import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import pytest
+import torch
 import transformers
+from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
+from torch._inductor import compile_fx
+from torch._inductor.fx_passes import fuse_attention
 
 import helpers
 from helpers import quiet
@@ -49,6 +54,33 @@ def test_other_messages_of_the_same_logger_still_show(caplog):
             logging.getLogger(logger).warning("A real warning: %s", start)
             assert caplog.records
             logging.getLogger(logger).removeHandler(caplog.handler)
+
+
+def test_layers_that_were_not_executed_on_a_gpu_are_no_news(caplog):
+    hook, model = LazyPrefetchGroupOffloadingHook(), torch.nn.Linear(1, 1)
+    diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)
+    hook._layer_execution_tracker_module_names.add("encoder.embed_tokens")
+    logger = logging.getLogger("diffusers.hooks.group_offloading")
+    logger.addHandler(caplog.handler)
+    hook.post_forward(model, None)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("module", [compile_fx, fuse_attention])
+def test_float32_on_a_gpu_is_no_news(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet.install()
+        count = len(warnings.filters)
+        quiet.install()
+        assert len(warnings.filters) == count
+        module._warn_tf32_disabled.__wrapped__()
+        assert not caught
+        warnings.warn("A real warning: TensorFloat32 tensor cores", stacklevel=1)
+        assert len(caught) == 1
 
 
 def test_install_twice_adds_no_second_filter():

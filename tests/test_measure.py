@@ -39,6 +39,48 @@ def test_no_accelerator_no_accelerator_peak():
     assert measure.measure_run(int, repeats=1).run_peak_gb is None
 
 
+class Counters:
+    """PyTorch's counters of a card, of which a reset lets the peaks fall to what is in use now."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.allocated, self.reserved = 0, 0
+        for module in (measure, devices):
+            monkeypatch.setattr(module, "has_memory_statistics", lambda: True)
+        monkeypatch.setattr(devices, "_reserved", 0)
+        monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: self.allocated)
+        monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda: self.reserved)
+        monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def use(self, allocated: float, reserved: float) -> None:
+        self.allocated, self.reserved = max(self.allocated, allocated), max(self.reserved, reserved)
+
+    def reset(self, device=None) -> None:
+        self.allocated = self.reserved = 1e9
+
+
+def test_a_reset_of_the_counters_loses_no_peak(monkeypatch):
+    counters = Counters(monkeypatch)
+
+    def load():
+        counters.use(6e9, 7e9)
+        torch.cuda.reset_peak_memory_stats(torch.device("cuda:0"))  # as fill_card does
+        counters.use(2e9, 3e9)
+
+    assert measure.measure_load(load)[1].load_peak_gb == 6 and devices.reserved_gb() == 7
+    assert measure.measure_run(lambda: counters.use(4e9, 5e9), repeats=1).run_peak_gb == 4
+    assert devices.reserved_gb() == 7  # loading included
+    assert measure.measure_run(lambda: counters.use(4e9, 8e9), repeats=1).run_peak_gb == 4
+    assert devices.reserved_gb() == 8
+    counters.use(0, 9e9)  # between two measurements
+    assert measure.measure_load(int)[1].load_peak_gb == 1 and devices.reserved_gb() == 9
+
+
+@without_gpu
+def test_no_accelerator_reserves_nothing():
+    assert devices.reserved_gb() is None
+
+
 def test_load_s():
     assert 0.05 <= measure.measure_load(lambda: time.sleep(0.05))[1].load_s < 0.5
 

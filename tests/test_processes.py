@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import processes
+from helpers import devices, processes
 from helpers.checkpoints import CHECKPOINTS
 from helpers.errors import TutorialError
 
@@ -147,6 +147,10 @@ def test_a_pipeline_in_a_fresh_process(tiny_checkpoint, tmp_path):
     )
     assert (result.name, result.repeats, result.height) == ("bf16", 2, 32)
     assert result.load_s > 0 and result.latency_s > 0 and result.host_peak_gb > 0.2 and result.footprint_gb > 0
+    if devices.has_memory_statistics():
+        assert 0 < result.peak_gb <= result.reserved_gb
+    else:
+        assert result.reserved_gb is None
     pipeline, changes = load_bf16(str(tiny_checkpoint), 2)
     pipeline.set_progress_bar_config(disable=True)
     call = settings.call_arguments | {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}

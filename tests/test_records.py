@@ -21,7 +21,7 @@ def test_measurement_says_what_where_and_on_what(bf16_pipeline):
     assert record.repeats == 3 and record.torch == torch.__version__
     total = sum(sum(sizes.values()) for sizes in devices.component_footprints(bf16_pipeline).values())
     assert record.footprint_gb == total / 1e9
-    optional = {"driver", "frames", "distance", "failure", "source"}
+    optional = {"driver", "frames", "distance", "failure", "source", "reserved_gb"}
     assert {name for name, value in asdict(record).items() if value is None} <= optional
 
 
@@ -38,6 +38,12 @@ def test_measurements_survive_a_file(tmp_path):
     rows = [records.measurement("bf16", checkpoint), Measurement("nf4", latency_s=1.25, run_peak_gb=14.05)]
     save_measurements(rows, tmp_path / "results.json")
     assert records.load_measurements(tmp_path / "results.json") == rows
+
+
+def test_an_older_row_reserves_nothing_that_is_known(tmp_path):
+    (tmp_path / "old.json").write_text('[{"name": "nf4", "run_peak_gb": 14.05}]')
+    (row,) = records.load_measurements(tmp_path / "old.json")
+    assert row.reserved_gb is None
 
 
 def test_distances_come_by_name(tmp_path):

@@ -68,7 +68,9 @@ BREAKS = [
     (FLUX, change(NF4, load_s=float("nan")), "load_s is nan"),
     (FLUX, change(NF4, load_peak_gb=1.146), "loading 1.15"),
     (FLUX, change(NF4, run_peak_gb=1.405), "running 1.41"),
-    (FLUX, change(NF4, reserved_gb=10.0), "reserved"),
+    (FLUX, change(NF4, reserved_gb=10.0), "less is reserved"),
+    (FLUX, change(OFFLOADED, reserved_gb=8.0), "less is reserved"),  # than was allocated while loading
+    (FLUX, change(NF4, name="bf16, streamed, 14.9 GB, eager", reserved_gb=15.0), "15.0 GB reserved"),
     (FLUX, change(NF4, footprint_gb=29.0), "in bf16"),
     (FLUX, change(OFFLOADED, host_peak_gb=1.951), "host memory"),
     (FLUX, change(NF4, run_peak_gb=None), "no run_peak_gb"),
@@ -95,7 +97,9 @@ BREAKS = [
     (LIMITS, change(2, fits=True), "fits is True"),
     (LIMITS, change(3, call_s=None), "fits is True"),
     (LIMITS, change(3, reserved_gb=7.0), "7.0 reserved"),
-    (LIMITS, change(3, card="10 GB"), "no program"),
+    (LIMITS, change(3, card="10 GB"), "no such program"),
+    (LIMITS, change(3, card="draw.py", allocated_gb=0.0), "0.0 GB allocated"),
+    (LIMITS, change(3, card="6 GB"), "more than the card has"),
     (LIMITS, change(4, expandable_segments=False), "twice"),
     (COPIES, change(1, **{"first run GB/s": 5.38}), "order"),
     (COPIES, change(1, date="2026-11-23 to 2026-11-42"), "no date"),
@@ -110,3 +114,10 @@ def test_a_break_is_found(number):
     rows = copy.deepcopy(rows_of(file))
     break_it(rows)
     assert any(word in problem for problem in problems_of(file, rows)), problems_of(file, rows)
+
+
+@pytest.mark.parametrize("card", ["draw.py", "draw.py --compile", "save_nf4.py --device cuda"])
+def test_programs_that_a_reader_takes_home_have_rows(card):
+    rows = rows_of(LIMITS)
+    change(3, card=card)(rows)
+    assert problems_of(LIMITS, rows) == []

@@ -1,13 +1,15 @@
 """What the strategies do to nf4 weights, on pocket-flux. That they draw the right picture is in test_benchmark.py."""
 
+import re
 from dataclasses import asdict, replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import draw
+from conftest import CALL, draw, message_of
 from diffusers import WanTransformer3DModel
 
 from benchmarks import strategies
@@ -15,8 +17,10 @@ from helpers import cpu_backend, devices, models
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 from helpers.residency import record_residency
+from helpers.streaming import find_blocks
 
 PATH = str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")
+DEVICE = devices.accelerator()
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def quantized(module: torch.nn.Module) -> set[str]:
 
 def test_layers_outside_the_blocks_become_bfloat16(transformer):
     before = quantized(transformer)
-    x = torch.randn(2, transformer.x_embedder.in_features, dtype=torch.bfloat16)
+    x = torch.randn(2, transformer.x_embedder.in_features, dtype=torch.bfloat16).to(DEVICE)
     embedded = transformer.x_embedder(x)
     strategies.keep_unquantized_outside_blocks(transformer)
     gone = before - quantized(transformer)
@@ -47,7 +51,7 @@ def test_quant_states_go_where_they_are_sent_and_weights_stay(transformer):
     for layer in transformer.modules():
         if isinstance(layer, Linear4bit):
             assert layer.weight.quant_state.absmax.device.type == "meta"
-            assert layer.weight.device.type == "cpu"
+            assert layer.weight.device.type == DEVICE.type  # quantized there at load
 
 
 @pytest.mark.parametrize("strategy", ["offload_text_encoders", "offload_leaves", "offload_blocks"])
@@ -86,7 +90,7 @@ def load(placement: str = "", start=strategies.quantize_at_load):
     pipeline = start(model)
     pipeline.set_progress_bar_config(disable=True)
     if placement:
-        strategies.PLACEMENTS[placement](pipeline, model)
+        strategies.find_placement(placement, CALL)(pipeline, model)
     return pipeline, model
 
 
@@ -98,18 +102,140 @@ def without_text_encoders(pipeline, model):
     return bare
 
 
+@pytest.fixture
+def whole_card():
+    """A limit that a streamed placement sets on this process stays no longer than the test."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("placement", strategies.PLACEMENTS)
-def test_placements_of_a_pipeline_for_precomputed_embeddings(placement):
-    pipeline, model = load()
+def test_placements_of_a_pipeline_for_precomputed_embeddings(placement, whole_card):
+    pipeline, model = load("resident")  # a picture of the CPU would be another one
     embeddings, pooled, _ = pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
     bare = without_text_encoders(pipeline, model)
     call = {"prompt": None, "prompt_embeds": embeddings, "pooled_prompt_embeds": pooled, "num_inference_steps": 1}
     if placement.startswith("block"):
         strategies.keep_unquantized_outside_blocks(bare.transformer)  # nf4 and bfloat16 differ by their rounding
     expected = draw(bare, **call)
-    strategies.PLACEMENTS[placement](bare, model)
+    strategies.find_placement(placement, CALL | call)(bare, model)
     strategies.check(bare, model, placement, "nf4", placement)
     np.testing.assert_array_equal(draw(bare, **call), expected)
+
+
+# Streaming
+
+
+@pytest.fixture
+def tiny_card(monkeypatch):
+    """Tiny models fill no page of a real card: there, a call takes what a CPU counts, and nothing is limited."""
+
+    def limit_to(limit_gb):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0.6e9 * limit_gb)
+
+    return limit_to if DEVICE.type == "cuda" else lambda limit_gb: None
+
+
+@pytest.mark.parametrize("compilation", ["eager", "regional compile", "compiled inside"])
+@pytest.mark.parametrize(("start", "limit_gb"), [("bf16", 0.01), ("nf4", 0.003), ("saved nf4", 0.003)])
+def test_streamed_blocks_draw_the_resident_picture(start, limit_gb, compilation, tiny_card, tmp_path, monkeypatch):
+    cpu_backend.enable()
+    compiled, compiled_before = [], []
+
+    def count(*_, **__):
+        compiled_before.append(len(compiled))
+        return mock.DEFAULT
+
+    filled = mock.Mock(wraps=strategies.fill_card, side_effect=count)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiled.append(settings) or function)
+    monkeypatch.setattr(strategies, "fill_card", filled)
+    if start == "saved nf4":
+        strategies.save_nf4(asdict(models.find_model(PATH)), str(tmp_path))
+    model = asdict(replace(models.find_model(PATH), saved=str(tmp_path)))
+    resident = strategies.assemble(f"{start}, resident, eager", model)
+    tiny_card(limit_gb)
+    streamed = strategies.assemble(f"{start}, streamed, {limit_gb} GB, {compilation}", model, CALL)
+    blocks = find_blocks(streamed.transformer)
+    moving = [block._parcel.host is not None for block in blocks]
+    assert any(moving) and not all(moving)
+    assert compiled == ([] if compilation == "eager" else [{"fullgraph": True}] * len(blocks))
+    filled.assert_called_once_with(streamed, limit_gb, **CALL)
+    assert compiled_before == [len(compiled)]  # so that it measures the compiled blocks
+    for pipeline in (resident, streamed):
+        pipeline.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(streamed), draw(resident))
+
+
+def test_a_streamed_pipeline_says_what_is_wrong_with_it(tiny_card):
+    cpu_backend.enable()
+    model = models.find_model(PATH)
+    tiny_card(0.003)
+    name = "nf4, streamed, 0.003 GB, eager"
+
+    def assembled():
+        return strategies.assemble(name, asdict(model), CALL)
+
+    def fault(pipeline):
+        with pytest.raises(TutorialError) as caught:
+            strategies.check(pipeline, model, name, "nf4", "streamed, 0.003 GB")
+        return str(caught.value)
+
+    pipeline = assembled()
+    pipeline.transformer._streamed.remove()
+    assert "the transformer is on" in fault(pipeline) and "should be streamed" in fault(pipeline)
+    pipeline = assembled()
+    del find_blocks(pipeline.text_encoder_2)[0]._streamed
+    assert "the text_encoder_2 is streamed in part and should be streamed" in fault(pipeline)
+    pipeline = assembled()
+    pipeline.transformer._streamed.keep(1e9)
+    assert re.fullmatch(f"{name}: 0.00[4-9] GB stay on the accelerator: mend this strategy.", fault(pipeline))
+
+
+def test_a_limit_that_is_too_low_is_one_sentence(tiny_card, monkeypatch):
+    cpu_backend.enable()
+    model = asdict(models.find_model(PATH))
+    tiny_card(1)  # one call takes 0.6 GB
+    limit_gb = 0.001
+    assert message_of(strategies.assemble, f"nf4, streamed, {limit_gb} GB, eager", model, CALL).endswith(
+        "or give more."
+    )
+    monkeypatch.setattr(strategies, "fill_card", mock.Mock(side_effect=ValueError("Load it anew.")))
+    assert message_of(strategies.assemble, "nf4, streamed, 4 GB, eager", model, CALL) == "Load it anew."
+
+
+def test_streaming_sets_the_limit_on_the_process(monkeypatch):
+    limits, total = [], 16e9
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (12e9, total))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    filled = mock.Mock()
+    monkeypatch.setattr(strategies, "fill_card", filled)
+    for placement in ("streamed, 4 GB", "streamed, 0.5 GB", "streamed, 24 GB"):
+        strategies.find_placement(placement, {"height": 32})("pipeline", "model")
+    assert limits == [0.25, 0.5 / 16, 1.0]
+    assert filled.mock_calls == [mock.call("pipeline", limit, height=32) for limit in (4, 0.5, 24)]
+
+
+@pytest.mark.parametrize("name", ["saved nf4, streamed, 5 GB, regional compile", "bf16, streamed, 0.001 GB, eager"])
+def test_any_limit_can_be_named(name):
+    assert strategies.is_streamed(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "saved nf4, streamed, 5 GB",
+        "nf5, streamed, 5 GB, eager",
+        "nf4, streamed, five GB, eager",
+        "nf4, streamed, 5 GB, eagre",
+        "nf4, resident, eager",
+    ],
+)
+def test_other_names_are_not_streamed(name):
+    assert not strategies.is_streamed(name)
 
 
 # Saving
@@ -128,7 +254,7 @@ def test_what_is_saved_under_block_offload_can_be_loaded(family, tmp_path):
     for name in model.denoisers:
         expected, loaded = (getattr(part, name).state_dict() for part in (original, again))
         assert expected.keys() == loaded.keys() and any("nf4" in key for key in expected)
-        assert all(torch.equal(expected[key], loaded[key]) for key in expected)
+        assert all(torch.equal(expected[key].cpu(), loaded[key].cpu()) for key in expected)
     strategies.offload_blocks(again, model)
     pictures = []
     for part in (pipeline, again):
@@ -205,14 +331,19 @@ KINDS = {  # placements of one kind leave the same hooks
     "block group offload": "block",
     "block group offload without record_stream": "block",
     "block group offload with the rest on the card": "stays",
+    "streamed, 4 GB": "streamed",
+    "streamed, 8 GB": "streamed",
+    "streamed, 12 GB": "streamed",
 }
 
 
 @pytest.mark.parametrize("placement", [None, *strategies.PLACEMENTS])
-def test_a_placement_is_told_from_every_other_one(placement):
+def test_a_placement_is_told_from_every_other_one(placement, whole_card):
     pipeline, model = load(placement or "")
+    # On a CPU, nothing done is everything resident; a GPU has what was quantized there, and no more.
+    nothing = None if cpu_backend.has_gpu() else "resident"
     for other in KINDS:
-        if KINDS[other] == KINDS.get(placement, "resident"):  # on a CPU, nothing done is everything resident
+        if KINDS[other] == KINDS.get(placement, nothing):
             strategies.check(pipeline, model, "this", "nf4", other)
         else:
             with pytest.raises(TutorialError, match=r"^this: the \w+ is .* and should be .*: mend this strategy\.$"):
