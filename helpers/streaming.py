@@ -270,7 +270,7 @@ class Streamed:
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
-        self.parcels = [block._parcel for block in blocks]
+        self.parcels = [block._parcel for block in blocks if block._parcel.bytes or not block._parcel.stay()]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
         outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
         self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
@@ -322,7 +322,7 @@ class Streamed:
 
         They have most to copy for their compute. Returns the bytes that were taken.
         """
-        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None and parcel.bytes], 0
+        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
         for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
             kind = [parcel for parcel in streamed if parcel.bytes == size]
             count = min(len(kind), int((budget - taken) // size))
