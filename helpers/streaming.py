@@ -270,7 +270,10 @@ class Streamed:
         for block, tensors in blocks.items():
             block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
-        self.parcels = [block._parcel for block in blocks if block._parcel.bytes or not block._parcel.stay()]
+        self.parcels = [block._parcel for block in blocks]
+        for parcel in self.parcels:
+            if not parcel.bytes:
+                parcel.stay()  # its tensors are all small
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
         outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
         self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
