@@ -270,8 +270,10 @@ class Streamed:
         # Buffers stay in any case: a pipeline may use those of a VAE without calling it.
         buffers = {id(tensor): tensor for tensor in model.buffers()}
         uses.update(dict.fromkeys(buffers, 2))
+        blocks = {block: [tensor for tensor in tensors if uses[id(tensor)] == 1] for block, tensors in blocks.items()}
+        blocks = {block: tensors for block, tensors in blocks.items() if tensors}
         for block, tensors in blocks.items():
-            block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
+            block._parcel = Parcel(tensors, self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess

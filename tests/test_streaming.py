@@ -269,6 +269,14 @@ def test_blocks_in_lists_of_lists_of_several_kinds():
     assert streaming.find_blocks(model) == [block for level in model for block in level]
 
 
+def test_blocks_of_which_nothing_is_worth_streaming():
+    model = torch.nn.Sequential()
+    for part in (torch.nn.Linear(64, 64), torch.nn.LayerNorm(2)):
+        model.append(torch.nn.ModuleList(copy.deepcopy(part) for _ in range(2)))
+    streamed = streaming.stream_blocks(model, 1)
+    assert len(streamed.parcels) == 2
+
+
 def test_a_list_that_the_model_writes_into():
     """The first module that is entered, an encoder, keeps its cache in a list that it is given."""
     vae, clip = tiny_pipelines.build("wan22").vae.eval().to(DEVICE), torch.rand(1, 3, 5, 16, 16).bfloat16().to(DEVICE)
