@@ -40,6 +40,7 @@ FILES = {
     "ByT5Tokenizer": [("tokenizer_config.json",)],  # its words are bytes
     "Tokenizer": [("tokenizer_config.json",), VOCABULARIES],
     "Processor|FeatureExtractor": [("preprocessor_config.json", "*processor_config.json")],
+    "Guidance": [("guider_config.json",)],
     "": [("config.json",), ("*.safetensors", "*.bin")],
 }
 

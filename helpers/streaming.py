@@ -6,6 +6,7 @@ beneath it, for one model. This file needs torch, diffusers and psutil, and noth
 
 import contextlib
 import functools
+import itertools
 import warnings
 import weakref
 from collections import Counter, deque
@@ -17,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 GB = 1e9
 RING = 2  # the size of the ring, in the largest blocks
@@ -46,7 +47,9 @@ def find_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
-    blocks = blocks or [block for members in lists if len(set(map(type, members))) == 1 for block in members]
+    lists = [[*members] for members in lists if len(set(map(type, members))) == 1]
+    lists = [[*part] if isinstance(part, torch.nn.ModuleList) else [part] for members in lists for part in members]
+    blocks = blocks or [*itertools.chain(*lists)]
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     return [block for block in blocks if id(block) not in inner]
 
@@ -267,8 +270,10 @@ class Streamed:
         # Buffers stay in any case: a pipeline may use those of a VAE without calling it.
         buffers = {id(tensor): tensor for tensor in model.buffers()}
         uses.update(dict.fromkeys(buffers, 2))
+        blocks = {block: [tensor for tensor in tensors if uses[id(tensor)] == 1] for block, tensors in blocks.items()}
+        blocks = {block: tensors for block, tensors in blocks.items() if tensors}
         for block, tensors in blocks.items():
-            block._parcel = Parcel([tensor for tensor in tensors if uses[id(tensor)] == 1], self.device)
+            block._parcel = Parcel(tensors, self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         for parcel in self.parcels:
@@ -311,6 +316,8 @@ class Streamed:
         if comes_and_goes and ring.visitor is None:
             self.rest.visit()
             ring.visitor = self
+        if all(leaf.device == self.device for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)):
+            return None  # the very same arguments: a VAE writes into the list that it is given as a cache
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
 
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
@@ -420,6 +427,20 @@ def fill_card(
     return filled
 
 
+def try_out(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
+    """Call with as few steps as the pipeline can do: one, unless a low `strength` or its scheduler need more."""
+    short = {key: value for key, value in call.items() if key not in ("generator", "sigmas", "timesteps")}
+    for steps in (1, 4):
+        try:
+            pipeline(**short | {"num_inference_steps": steps})
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            continue  # what is wrong with the call itself, the whole call says
+    pipeline(**call)
+
+
 def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: float | None, call: dict) -> None:
     """Decide what stays, comes and goes, or is streamed."""
     parts, on_gpu = filled.parts, ring.device.type == "cuda"
@@ -437,16 +458,15 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
             return held + ring.size
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ring.device)
-        one_step = {key: value for key, value in call.items() if key not in ("generator", "sigmas", "timesteps")}
         try:
             with torch.random.fork_rng([ring.device]):
-                pipeline(**one_step | {"num_inference_steps": 1})
+                try_out(pipeline, call)
         except torch.OutOfMemoryError:
             return float("inf")
         return SPARE * (torch.cuda.max_memory_reserved(ring.device) - others)
 
     peak, vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
-    if peak > limit and hasattr(vae, "enable_tiling") and not vae.use_tiling:
+    if peak > limit and not getattr(vae, "use_tiling", True):
         tiling = "in tiles, because the limit is too low for the whole picture"
         filled.tiled_vae = vae
         vae.enable_tiling()

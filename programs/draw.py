@@ -8,6 +8,7 @@ helpers/streaming.py decides what stays on the card and what is streamed there, 
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -43,13 +44,18 @@ OPTIONS = {  # what pipelines call it
     "frames": ("num_frames", "frames", "video_length"),
     "guidance_scale": ("guidance_scale",),
 }
+MORE_THAN_A_PROMPT = re.compile(
+    "Adapter|Control|controlnet|Edit|Fill|I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
+    "|(Image|Video)To(Video|World)"
+)
 FPS = 16  # Wan's
 
 
 def find_call(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the call, which the pipeline must take."""
     parameters, kind = models.call_parameters(model.path), model.pipeline_class.__name__
-    if "height" not in parameters or "controlnet" in models.read_components(model.path):
+    words = " ".join((kind, *models.read_components(model.path)))
+    if "height" not in parameters or MORE_THAN_A_PROMPT.search(words):
         raise TutorialError(f"A {kind} draws no picture or clip from a prompt alone: give another model.")
     call = {"prompt": args.prompt, "output_type": "pil"}
     for option, names in OPTIONS.items():
@@ -75,7 +81,9 @@ def find_out(out: Path | None, is_clip: bool) -> Path:
 
 def load(model: Model, compiled: bool) -> DiffusionPipeline:
     """The pipeline in host memory; `compiled` compiles the repeated blocks of its denoisers."""
-    settings = {"variant": model.variant, "dtype": torch.bfloat16, "device_map": "cpu"}
+    settings = {"variant": model.variant, "dtype": torch.bfloat16}
+    if not model.pipeline_class._load_connected_pipes:  # such as Stable Cascade with its prior: diffusers refuses
+        settings["device_map"] = "cpu"
     without = {name: None for name, entry in models.read_index(model.path).items() if entry == [None, None]}
     pipeline = DiffusionPipeline.from_pretrained(model.path, **settings, **without)
     torch._dynamo.config.cache_size_limit = 1000
@@ -108,7 +116,7 @@ def draw(args: argparse.Namespace) -> str:
         seconds = time.perf_counter() - start
     except torch.OutOfMemoryError as error:
         raise TutorialError("The card ran out of memory: draw smaller, or give more by --memory-gb.") from error
-    except (MemoryError, ValueError) as error:
+    except (MemoryError, NotImplementedError, ValueError) as error:
         raise TutorialError(str(error)) from error  # too low a limit, or a size that the model cannot draw
     drawn = output[0][0]  # whatever it is called: the first picture or clip
     if isinstance(drawn, list):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw, message_of
-from diffusers import DiffusionPipeline
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from safetensors.torch import load_file
 
 from helpers import checkpoints, checks
@@ -180,6 +180,15 @@ def test_bin_weights_are_weights(pocket):
 def test_checkpoint_of_nf4_weights_is_complete(nf4_pipeline, tmp_path):
     nf4_pipeline.save_pretrained(tmp_path)
     assert checks.find_fault(tmp_path) is None
+
+
+def test_a_guider_is_a_component_without_weights(pocket):
+    """HunyuanVideo 1.5 has one."""
+    index = json.loads((pocket / "model_index.json").read_text("utf-8"))
+    index["guider"] = ["diffusers", "ClassifierFreeGuidance"]
+    (pocket / "model_index.json").write_text(json.dumps(index), "utf-8")
+    ClassifierFreeGuidance().save_pretrained(pocket / "guider")
+    assert checks.find_fault(pocket) is None
 
 
 def test_random_checkpoint(pocket, tmp_path, monkeypatch):

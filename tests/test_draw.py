@@ -24,6 +24,7 @@ from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from PIL import Image
 from test_save_nf4 import with_controlnet
 
+from helpers import models
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
@@ -169,6 +170,13 @@ def test_what_is_said_before_anything_is_loaded(folder, here, monkeypatch):
     assert not list(here.glob("*.*4"))
 
 
+def test_pipelines_of_several_pipelines(folder, monkeypatch):
+    """diffusers loads such a one without a device_map only."""
+    model = models.find_model(str(folder("sd3")))
+    monkeypatch.setattr(model.pipeline_class, "_load_connected_pipes", True)
+    assert draw.load(model, compiled=False).transformer.device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
@@ -176,6 +184,9 @@ def test_what_is_said_before_anything_is_loaded(folder, here, monkeypatch):
         ("SanaVideoPipeline", {"frames": 5}),
         ("LattePipeline", {"video_length": 5}),
         ("StableAudioPipeline", None),
+        ("QwenImageEditPipeline", None),
+        ("LTXImageToVideoPipeline", None),
+        ("StableCascadePriorPipeline", None),
     ],
 )
 def test_each_pipeline_is_called_in_its_own_words(kind, call, here):

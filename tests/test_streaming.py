@@ -11,7 +11,14 @@ import psutil
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, ModelMixin
+from diffusers import (
+    FirstBlockCacheConfig,
+    FluxImg2ImgPipeline,
+    ModelMixin,
+    PixArtAlphaPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.utils import logging
 from peft import LoraConfig
 
@@ -255,7 +262,49 @@ def test_a_cache_that_skips_blocks(before):
     assert torch.equal(run(pipeline, "pocket", num_inference_steps=6), expected)
 
 
+def test_blocks_in_lists_of_lists_of_several_kinds():
+    """As in Stable Cascade. Nobody calls a list."""
+    kinds = (torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    model = torch.nn.ModuleList(torch.nn.ModuleList(copy.deepcopy(kinds)) for _ in range(2))
+    assert streaming.find_blocks(model) == [block for level in model for block in level]
+
+
+def test_blocks_of_which_nothing_is_worth_streaming():
+    model = torch.nn.Sequential()
+    for part in (torch.nn.Linear(64, 64), torch.nn.LayerNorm(2)):
+        model.append(torch.nn.ModuleList(copy.deepcopy(part) for _ in range(2)))
+    streamed = streaming.stream_blocks(model, 1)
+    assert len(streamed.parcels) == 2
+
+
+def test_a_list_that_the_model_writes_into():
+    """The first module that is entered, an encoder, keeps its cache in a list that it is given."""
+    vae, clip = tiny_pipelines.build("wan22").vae.eval().to(DEVICE), torch.rand(1, 3, 5, 16, 16).bfloat16().to(DEVICE)
+    expected = vae.encode(clip).latent_dist.mean
+    streaming.Streamed(vae, streaming.Ring(DEVICE), whole=True)
+    assert torch.equal(vae.encode(clip).latent_dist.mean, expected)
+
+
 # A whole pipeline
+
+
+@pytest.mark.parametrize(
+    "kind, family, changes, steps",
+    [
+        (StableDiffusionXLPipeline, "sdxl", {}, 1),
+        (StableDiffusionXLImg2ImgPipeline, "sdxl", {"strength": 0.6}, 4),  # which leaves nothing of one step
+        (PixArtAlphaPipeline, "pixart", {}, 4),  # it takes one step for that of a distilled model
+    ],
+)
+def test_one_step_or_as_few_as_a_pipeline_can_do(kind, family, changes, steps):
+    pipeline = kind(**build(family).components)
+    call = call_of(family, num_inference_steps=40, **changes)
+    if "strength" in changes:
+        call = {"prompt": "cat", "image": torch.zeros(1, 3, 32, 32)} | changes
+    streaming.try_out(pipeline, call)
+    assert pipeline.scheduler.num_inference_steps == steps
+    with pytest.raises(ValueError, match="`prompt` has to be of type"):
+        streaming.try_out(pipeline, call | {"prompt": 5})
 
 
 def test_img2img_batches_and_other_sizes():
@@ -388,6 +437,9 @@ def test_what_cannot_be_done_is_said():
     ):
         streaming.fill_card(pipeline, 0.0001, **call_of("pocket"))
     assert not any(hasattr(part, "_streamed") for part in modules_of(pipeline).values())
+    del pipeline.vae.use_tiling  # as with a VAE that knows no tiles
+    with pytest.raises(MemoryError, match="draw smaller"):
+        streaming.fill_card(pipeline, 0.0001, **call_of("pocket"))
 
 
 def test_too_little_host_memory(monkeypatch):
