@@ -260,9 +260,7 @@ class Streamed:
         if moving > psutil.virtual_memory().available:
             raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters(), None))] = (
-            0  # it stays with the rest: diffusers takes its device for the model's
-        )
+        uses[id(next(model.parameters(), None))] = 0  # stays: diffusers takes its device for that of the model
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
         for tensor in everything:
             if tensor.nbytes < largest / 1000:
@@ -276,9 +274,6 @@ class Streamed:
             block._parcel = Parcel(tensors, self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
-        for parcel in self.parcels:
-            if not parcel.bytes:
-                parcel.stay()  # its tensors are all small
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
         outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
         self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
