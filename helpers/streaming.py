@@ -21,6 +21,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 GB = 1e9
+HOST = torch.device("cpu")
 RING = 2  # the size of the ring, in the largest blocks
 SPARE = 1.03  # two equal calls differ by 2 % in what they reserve
 
@@ -251,7 +252,7 @@ class Streamed:
     """A model whose blocks come to the card when they are needed. `remove` makes it a plain model again."""
 
     def __init__(self, model: torch.nn.Module, ring: Ring, whole: bool = False) -> None:
-        self.model, self.ring, self.device = model, ring, ring.device
+        self.model, self.ring, self.device, self.whole = model, ring, ring.device, whole
         if hasattr(model, "_streamed") or is_offloaded(model):
             raise ValueError(f"This {type(model).__name__} is offloaded already: end that, or load it anew.")
         blocks = {block: tensors_of(block) for block in ([] if whole else find_blocks(model))}
@@ -316,10 +317,16 @@ class Streamed:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
 
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
-        """In place of the `_apply` of the model: `.to` another device or dtype ends the streaming."""
+        """In place of the `_apply` of the model: `.to` another device ends the streaming.
+
+        After `.to` another dtype it begins again with all that can move: pipelines in float16 upcast their VAE so.
+        """
         if any(function(tensor.data).data_ptr() != tensor.data_ptr() for tensor in tensors_of(self.model)):
             self.remove()
-            return self.model._apply(function, recurse)
+            self.model._apply(function, recurse)
+            if all(function(torch.empty(0, device=place)).device == place for place in (self.device, HOST)):
+                again = Streamed(self.model, self.ring, self.whole)
+                self.ring.size = max([self.ring.size, *(parcel.bytes for parcel in again.parcels)])
         return self.model
 
     def keep(self, budget: float) -> int:
@@ -338,6 +345,8 @@ class Streamed:
         """End it: all weights go back to where they were."""
         self.ring.reset()
         self.ring.following.clear()
+        if self.ring.visitor:
+            self.ring.visitor.rest.leave()
         self.ring.memory = self.ring.visitor = None
         for parcel in (*self.parcels, self.rest, self.buffers):
             parcel.restore()
@@ -388,7 +397,7 @@ class Filled:
         """End it: all weights go back to where they were."""
         for streamed in self.parts.values():
             if hasattr(streamed.model, "_streamed"):
-                streamed.remove()
+                streamed.model._streamed.remove()  # another one than this after a change of dtype
         if self.tiled_vae:
             self.tiled_vae.disable_tiling()
 

@@ -371,6 +371,23 @@ def test_a_call_stopped_in_the_middle(error, monkeypatch):
             assert torch.equal(run(pipeline, "pocket"), expected), (owner, name)
 
 
+def test_a_vae_that_is_upcast_in_each_call():
+    """As SDXL in float16 does: it still comes when it is called."""
+    pipeline = build("sdxl")
+    for model in modules_of(pipeline).values():
+        model.to(torch.float16)
+    expected = run(pipeline.to(DEVICE), "sdxl")
+    filled = filled_to(pipeline.to("cpu"), "sdxl", 0.2)
+    for _ in range(2):
+        assert torch.equal(run(pipeline, "sdxl"), expected)
+        assert hasattr(pipeline.vae, "_streamed") and pipeline.vae.dtype == torch.float16
+    filled.remove()
+    assert not hasattr(pipeline.vae, "_streamed")
+    streamed = streaming.stream_blocks(pipeline.unet, 1)  # all of it stays, and there is no ring
+    pipeline.unet.to(torch.float32)
+    assert pipeline.unet._streamed.ring.size > 0 and pipeline.unet._streamed is not streamed
+
+
 def test_two_pipelines_in_a_process():
     families = ("pocket", "qwen-image")
     pipelines = [build(family).to(DEVICE) for family in families]
