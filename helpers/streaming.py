@@ -261,23 +261,24 @@ class Streamed:
         if moving > psutil.virtual_memory().available:
             raise MemoryError(f"{size(moving)} of weights are to move to host memory, where less is free.")
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
-        uses[id(next(model.parameters(), None))] = 0  # stays: diffusers takes its device for that of the model
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
-        for tensor in everything:
-            if tensor.nbytes < largest / 1000:
-                uses[id(tensor)] = 0  # it stays too: to point to it would take longer than it saves
-        # Buffers stay in any case: a pipeline may use those of a VAE without calling it.
-        buffers = {id(tensor): tensor for tensor in model.buffers()}
-        uses.update(dict.fromkeys(buffers, 2))
-        blocks = {block: [tensor for tensor in tensors if uses[id(tensor)] == 1] for block, tensors in blocks.items()}
+        buffers = {id(tensor): tensor for tensor in model.buffers()}  # a pipeline may use those of a VAE without a call
+        outside = {
+            id(next(model.parameters(), None)),  # diffusers takes its device for that of the model
+            *buffers,
+            *(id(tensor) for tensor in everything if tensor.nbytes < largest / 1000),  # to point to it takes longer
+            *(key for key, count in uses.items() if count > 1),
+        }
+        blocks = {block: [t for t in tensors if id(t) not in outside] for block, tensors in blocks.items()}
         blocks = {block: tensors for block, tensors in blocks.items() if tensors}
         for block, tensors in blocks.items():
             block._parcel = Parcel(tensors, self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
-        outside = [tensor for tensor in everything if uses[id(tensor)] != 1 and id(tensor) not in buffers]
-        self.rest, self.buffers = Parcel(outside, self.device), Parcel(list(buffers.values()), self.device)
+        elsewhere = {*buffers, *(id(tensor) for parcel in self.parcels for tensor in parcel.tensors)}
+        self.rest = Parcel([tensor for tensor in everything if id(tensor) not in elsewhere], self.device)
+        self.buffers = Parcel(list(buffers.values()), self.device)
         self.buffers.stay()
         model._streamed, model._apply = self, self.apply
         inside = {module for block in blocks for module in block.modules()}

@@ -32,7 +32,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif, export_to_video
 
-from helpers import checks, cpu_backend, files, measure, models
+from helpers import checks, cpu_backend, devices, files, measure, models
 from helpers.errors import TutorialError
 from helpers.models import Model
 from helpers.streaming import fill_card, find_blocks
@@ -125,7 +125,7 @@ def draw(args: argparse.Namespace) -> str:
         export(drawn, str(out), fps=args.fps or (int(own.default) if own else FPS))
     else:
         drawn.save(out)
-    card = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB of the card reserved" if has_card else ""
+    card = f", {devices.reserved_gb():.2f} GB of the card reserved" if has_card else ""
     silent = ", without its sound" if getattr(output, "audio", None) is not None else ""
     return f"{out}{silent}: drawn in {seconds:.2f} s{card}"
 

@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         before, after = model.sizes[name], sum(file.stat().st_size for file in (args.out / name).iterdir())
         kind = "nf4" if name in model.quantized else "bfloat16"
         print(f"{name:20} {files.size(before):>9} -> {files.size(after):>9}  {kind}")
-    card = f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of the card reserved, " if device == "cuda" else ""
+    card = f"{devices.reserved_gb():.1f} GB of the card reserved, " if device == "cuda" else ""
     print(f"{args.out} is complete. At most {card}{took.host_peak_gb:.1f} GB in host memory; {took.load_s:.0f} s.")
 
 
