@@ -467,6 +467,17 @@ def test_too_little_host_memory(monkeypatch):
         streaming.stream_blocks(pipeline.transformer, 1)
 
 
+def test_a_weight_that_two_blocks_share_stays_and_so_do_buffers():
+    model = torch.nn.Module()
+    model.embedding = torch.nn.Linear(64, 64)
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
+    model.layers[1].weight = model.layers[0].weight
+    model.layers[0].register_buffer("scale", torch.ones(64))
+    streamed = streaming.stream_blocks(model, 1)
+    assert any(tensor is model.layers[0].weight for tensor in streamed.rest.tensors)
+    assert [len(parcel.tensors) for parcel in streamed.parcels] == [1, 1]  # the biases
+
+
 def test_eight_bit_weights_are_refused():
     from bitsandbytes.nn import Int8Params
 
