@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from conftest import draw
-from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
+from diffusers import DiffusionPipeline, FluxControlNetModel, FluxControlNetPipeline, FluxImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from torch._dynamo.utils import counters
@@ -208,6 +208,19 @@ def test_but_not_with_img2img(nf4_pipeline):
     with record_residency(pipeline) as events:
         draw(pipeline, image=Image.new("RGB", (32, 32)), strength=1.0)
     assert frozenset(("transformer", "vae")) in at_once(events)
+
+
+def test_nor_with_a_controlnet(bf16_pipeline):
+    assert symptom("ControlNet")
+    parts = bf16_pipeline.components
+    parts.pop("image_encoder"), parts.pop("feature_extractor")
+    controlnet = FluxControlNetModel.from_transformer(
+        parts["transformer"], num_layers=1, num_single_layers=0, attention_head_dim=32, num_attention_heads=2
+    )
+    pipeline = offload(FluxControlNetPipeline(**parts, controlnet=controlnet.to(torch.bfloat16)))
+    with record_residency(pipeline) as events:
+        draw(pipeline, control_image=Image.new("RGB", (32, 32)))
+    assert frozenset(("transformer", "controlnet")) in at_once(events)
 
 
 @pytest.mark.parametrize("sent_back", [False, True])
