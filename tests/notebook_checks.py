@@ -232,7 +232,10 @@ def check_tables(notebook: NotebookNode) -> list[str]:
 
 
 def check_tags(notebook: NotebookNode) -> list[str]:
-    """Only known tags, no markers in comments, and an assert, or a check after it, where the output is not compared."""
+    """Only known tags, no markers in comments, and an assert wherever the output is not compared.
+
+    The assert is in the cell itself, or in a folded cell tagged check, which comes right after it.
+    """
     problems = []
     for index, cell in enumerate(notebook.cells):
         for tag in sorted(tags(cell) - TAGS):
@@ -241,12 +244,12 @@ def check_tags(notebook: NotebookNode) -> list[str]:
             continue
         if re.search(r"^\s*#+\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE):
             problems.append(f"{name(index, cell)} has an nbval marker in a comment: use a tag.")
-        following = next((other for place, other in code_cells(notebook) if place > index), None)
-        checks = [cell, following] if following is not None and "check" in tags(following) else [cell]
-        trees = [tree for tree in (parse(other.source) for other in checks) if tree is not None]
-        asserts = any(isinstance(node, ast.Assert) for tree in trees for node in ast.walk(tree))
-        if "nbval-ignore-output" in tags(cell) and not asserts:
-            problems.append(f"{name(index, cell)} is tagged nbval-ignore-output, and no check follows.")
+        after = notebook.cells[index + 1 : index + 2]
+        checked = asserts(cell) or any("check" in tags(other) and asserts(other) for other in after)
+        if "nbval-ignore-output" in tags(cell) and not checked:
+            problems.append(f"{name(index, cell)} is tagged nbval-ignore-output and asserts nothing.")
+        if "check" in tags(cell) and not (asserts(cell) and cell.metadata.get("jupyter", {}).get("source_hidden")):
+            problems.append(f"{name(index, cell)} is tagged check: it must assert, and be folded (source_hidden).")
     return problems
 
 
@@ -395,6 +398,12 @@ def parse(source: str) -> ast.Module | None:
         return ast.parse(source)
     except SyntaxError:
         return None
+
+
+def asserts(cell: NotebookNode) -> bool:
+    """Whether a code cell asserts anything."""
+    tree = parse(cell.source) if cell.cell_type == "code" else None
+    return tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 
 def without_code(markdown: str) -> str:
