@@ -275,3 +275,16 @@ def test_group_offload_after_model_offload(nf4_pipeline):
     nf4_pipeline.to(DEVICE)
     apply_group_offloading(encoder, **how)
     assert quality.image_distance(draw(nf4_pipeline), expected) == 0
+
+
+# What to type
+
+
+def test_the_commands_have_these_options():
+    text = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+    commands = re.findall(r"^python (programs/\w+\.py) (.*)", text, re.MULTILINE)
+    assert [program for program, _ in commands] == ["programs/save_nf4.py", "programs/draw.py"]
+    for program, arguments in commands:
+        source = (PACKAGE_ROOT / program).read_text(encoding="utf-8")
+        assert all(f'add_argument("{option}"' in source for option in re.findall(r"--[\w-]+", arguments))
+    assert commands[1][1].split()[0] == commands[0][1].split()[1]  # what the one saves, the other loads
