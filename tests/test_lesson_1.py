@@ -6,8 +6,10 @@ Each symptom is provoked, and its text is the one that the lesson's table has.
 import json
 import math
 import os
+import re
 from unittest import mock
 
+import pipeline_checks as checks
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -66,6 +68,41 @@ def test_the_first_picture_that_pays():
     exec(SOURCES["break-even"].partition("\npairs")[0], names)
     # 10 s more at first, 1 s less each: after 11 pictures both took 56 s.
     assert names["pays_from"]("nf4 + regional", "nf4") == 11
+
+
+@pytest.mark.parametrize("of_the_guide", [False, True])
+def test_the_programs_to_copy(monkeypatch, of_the_guide):
+    """The lesson's own, and the guide's recipe 1: a block with its first line, and the two that compile."""
+    code, guide = re.findall(r"```python\n(.*?)```", SOURCES["cell-64"], re.DOTALL)
+    if of_the_guide:
+        setting, *compiling = [line for line in guide.splitlines() if line]
+        own = "pipeline.transformer.compile_repeated_blocks(fullgraph=True)"
+        assert own in code
+        code = code.replace("\n\npipeline =", f"\n\n{setting}\n\npipeline =").replace(own, "\n".join(compiling))
+    device = devices.accelerator()
+    for theirs, ours in {
+        '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),
+        '"cuda"': repr(device.type),
+        'California")': 'California", height=128, width=128, num_inference_steps=2, max_sequence_length=32)',
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    spy = checks.Spy(device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):  # a program changes it
+        pipeline = spy.run(code, monkeypatch)["pipeline"]
+        assert torch._dynamo.config.capture_dynamic_output_shape_ops == of_the_guide
+    torch.compiler.reset()
+    parts = devices.component_modules(pipeline)
+    assert checks.placement(pipeline, spy) == dict.fromkeys(parts, "on the card")
+    assert checks.unquantized(pipeline.transformer) == []
+    assert {name.split(".")[-1] for name in checks.unquantized(pipeline.text_encoder_2)} == {"wo"}
+    assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}
+    assert all(settings.get("fullgraph") for settings in spy.compiled)
+    if of_the_guide:
+        assert len(spy.compiled) == 1 and spy.compiled[0]["mode"] == "max-autotune"
+    else:
+        assert len(spy.compiled) == len(checks.blocks(pipeline.transformer))
+    assert spy.memory_formats == [torch.channels_last] * of_the_guide
 
 
 @pytest.fixture

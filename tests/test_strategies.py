@@ -102,16 +102,8 @@ def without_text_encoders(pipeline, model):
     return bare
 
 
-@pytest.fixture
-def whole_card():
-    """A limit that a streamed placement sets on this process stays no longer than the test."""
-    yield
-    if DEVICE.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 @pytest.mark.parametrize("placement", strategies.PLACEMENTS)
-def test_placements_of_a_pipeline_for_precomputed_embeddings(placement, whole_card):
+def test_placements_of_a_pipeline_for_precomputed_embeddings(placement):
     pipeline, model = load("resident")  # a picture of the CPU would be another one
     embeddings, pooled, _ = pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
     bare = without_text_encoders(pipeline, model)
@@ -338,7 +330,7 @@ KINDS = {  # placements of one kind leave the same hooks
 
 
 @pytest.mark.parametrize("placement", [None, *strategies.PLACEMENTS])
-def test_a_placement_is_told_from_every_other_one(placement, whole_card):
+def test_a_placement_is_told_from_every_other_one(placement):
     pipeline, model = load(placement or "")
     # On a CPU, nothing done is everything resident; a GPU has what was quantized there, and no more.
     nothing = None if cpu_backend.has_gpu() else "resident"
