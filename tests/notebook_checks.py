@@ -32,7 +32,7 @@ DIGESTS = Path(__file__).parent / "stored_outputs.txt"
 FPS = 16  # Wan2.1 draws 16 frames for each second
 
 # What nbval knows and the design allows. A skipped cell is a cell that nobody tests.
-TAGS = {"nbval-ignore-output", "raises-exception", "check"}
+TAGS = {"nbval-ignore-output", "raises-exception"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|tmp|Users|mnt|media|opt|srv|var)/\S*|\b[A-Z]:\\\w\S*")
 # What JupyterLab writes, and so what it leaves alone: in another form a notebook is unsaved as soon as it opens. The
@@ -170,8 +170,7 @@ def check_lengths(notebook: NotebookNode) -> list[str]:
 
 def check_balance(notebook: NotebookNode) -> list[str]:
     """About as many text cells as code cells, and at least one of each."""
-    text = len(list(text_cells(notebook)))
-    code = sum("check" not in tags(cell) for _, cell in code_cells(notebook))
+    text, code = len(list(text_cells(notebook))), len(list(code_cells(notebook)))
     low, high = TEXT_PER_CODE
     if not code or not low <= text / code <= high:
         return [f"The notebook has {text} text cells and {code} code cells: about as many of each are wanted."]
@@ -241,13 +240,10 @@ def check_tags(notebook: NotebookNode) -> list[str]:
             continue
         if re.search(r"^\s*#+\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE):
             problems.append(f"{name(index, cell)} has an nbval marker in a comment: use a tag.")
-        checked = cell.source
-        if "check" in tags(following := next(iter(notebook.cells[index + 1 :]), cell)):
-            checked += f"\n{following.source}"
-        tree = parse(checked)
+        tree = parse(cell.source)
         asserts = tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
         if "nbval-ignore-output" in tags(cell) and not asserts:
-            problems.append(f"{name(index, cell)} is tagged nbval-ignore-output, and no assert follows.")
+            problems.append(f"{name(index, cell)} is tagged nbval-ignore-output and asserts nothing.")
     return problems
 
 
