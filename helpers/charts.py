@@ -94,13 +94,15 @@ def latency_memory_chart(
     return figure
 
 
-def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "latency_s", title: str = "") -> Figure:
+def latency_memory_bars(
+    measurements: Sequence[Measurement], figure: str = "latency_s", title: str = "", memory_format: str = "{:.1f}"
+) -> Figure:
     """One row for each measurement: a bar for its time, and one for the memory reserved, which the card must have.
 
-    `figure` is "latency_s" or "step_ms". Where a measurement is older than `reserved_gb`, two thin bars show the
-    allocated peaks instead, loading and running; without an accelerator one shows the host's. Good for many
-    measurements; `latency_memory_chart` shows the trade between the two for a few. Raises ValueError if there are no
-    measurements, or one lacks the figure.
+    `figure` is "latency_s" or "step_ms"; `memory_format` is for the labels of the bars on the right. Where a
+    measurement is older than `reserved_gb`, two thin bars show the allocated peaks instead, loading and running;
+    without an accelerator one shows the host's. Good for many measurements; `latency_memory_chart` shows the trade
+    between the two for a few. Raises ValueError if there are no measurements, or one lacks the figure.
     """
     if not measurements or any(getattr(entry, figure) is None for entry in measurements):
         raise ValueError(f"latency_memory_bars needs measurements that all have {figure}")
@@ -117,7 +119,7 @@ def latency_memory_bars(measurements: Sequence[Measurement], figure: str = "late
             place = rows + height * (index - (len(peaks) + 1) / 2)
             values = [getattr(entry, peak) or 0.0 for entry in measurements]
             right.barh(place, values, height=height, color=_colour(index), label=name)
-        for axes, settings in ((left, {"fmt": _short}), (right, {"fmt": "{:.1f}", "fontsize": 8})):
+        for axes, settings in ((left, {"fmt": _short}), (right, {"fmt": memory_format, "fontsize": 8})):
             for bars in axes.containers:
                 axes.bar_label(bars, padding=3, **settings)
             _name_rows(axes, [entry.name for entry in measurements])

@@ -18,9 +18,7 @@ def image_distance(a: Picture, b: Picture) -> float:
     Each is a PIL image, or an array of shape (height, width[, channels]), integers in 0..255 or floats in 0..1.
     Raises ValueError if the shapes differ.
     """
-    first, second = _levels(a), _levels(b)
-    if first.shape != second.shape:
-        raise ValueError(f"pictures of shapes {first.shape} and {second.shape} cannot be compared")
+    first, second = _pair(a, b)
     return float(np.abs(first - second).mean())
 
 
@@ -32,6 +30,23 @@ def video_distance(a: Sequence[Picture], b: Sequence[Picture]) -> float:
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"videos of {len(a)} and {len(b)} frames cannot be compared")
     return float(np.mean([image_distance(*frames) for frames in zip(a, b, strict=True)]))
+
+
+def difference(a: Picture, b: Picture, factor: float = 8) -> np.ndarray:
+    """A picture of where two pictures differ: black where they are equal, their difference times `factor` elsewhere.
+
+    Raises ValueError if the shapes differ.
+    """
+    first, second = _pair(a, b)
+    return np.clip(factor * np.abs(first - second), 0, 255).astype(np.uint8)
+
+
+def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
+    """Both pictures as levels, of one shape."""
+    first, second = _levels(a), _levels(b)
+    if first.shape != second.shape:
+        raise ValueError(f"pictures of shapes {first.shape} and {second.shape} cannot be compared")
+    return first, second
 
 
 def _levels(picture: Picture) -> np.ndarray:

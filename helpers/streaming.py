@@ -7,6 +7,7 @@ beneath it, for one model. This file needs torch, diffusers and psutil, and noth
 import contextlib
 import functools
 import itertools
+import os
 import warnings
 import weakref
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GB = 1e9
 HOST = torch.device("cpu")
 RING = 2  # the size of the ring, in the largest blocks
+EXPANDABLE = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", "")
 SPARE = 1.03  # two equal calls differ by 2 % in what they reserve
 
 
@@ -63,11 +65,12 @@ def is_offloaded(model: torch.nn.Module) -> bool:
 class Parcel:
     """Some tensors of a model side by side in one host buffer, so that one copy brings them all to the card.
 
-    `host` is that buffer, page-locked; None once the tensors stay on the card.
+    `host` is that buffer, page-locked; None once the tensors stay on the card. `here` says that they are there for
+    longer than one use.
     """
 
     def __init__(self, tensors: list[torch.Tensor], device: torch.device) -> None:
-        self.tensors, self.device = tensors, device
+        self.tensors, self.device, self.here = tensors, device, False
         self.sources = [tensor.device for tensor in tensors]
         self.layout, self.bytes = [], 0
         for tensor in tensors:  # each at a round address: a kernel may be chosen by it
@@ -96,19 +99,21 @@ class Parcel:
         for tensor, view in zip(self.tensors, views, strict=True):
             tensor.data = view
 
-    def visit(self) -> None:
-        """Come to the card, into memory of its own. `leave` takes no copy back: weights do not change."""
+    def visit(self, memory: torch.Tensor, start: int = 0) -> None:
+        """Come to the card, into this memory. `leave` takes no copy back: weights do not change."""
         self.pack()
-        card = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
-        self.point(self.views(card.copy_(self.host, non_blocking=True)))
+        memory[start:][: self.bytes].copy_(self.host, non_blocking=True)
+        self.point(self.views(memory, start))
+        self.here = True
 
     def leave(self) -> None:
         """Back to the host buffer, unless all is to stay."""
         self.point(self.homes or [tensor.data for tensor in self.tensors])
+        self.here = self.host is None
 
     def stay(self) -> int:
         """Come to the card for good, and free the host buffer. Returns its bytes."""
-        self.visit()
+        self.visit(torch.empty(self.bytes, dtype=torch.uint8, device=self.device))
         self.unpin()
         self.host = self.homes = None
         return self.bytes
@@ -146,7 +151,7 @@ class Ring:
         self.device, self.size, self.memory = torch.empty(0, device=device).device, 0, None
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.queue, self.used = deque(), deque()  # (parcel, start, copied event) and (start, done event)
-        self.following, self.visitor = {}, None
+        self.following, self.guests, self.peaks = {}, [], None
         self.reset()
 
     @torch.compiler.disable
@@ -208,10 +213,32 @@ class Ring:
         self.run_ahead()
         self.clean = True
 
+    @torch.compiler.disable
+    def receive(self, guests: list[Parcel]) -> None:
+        """Let these parcels come to the card and stay until others are received: those of the last time leave."""
+        if self.peaks is not None:
+            self.note_peak()
+        for parcel in self.guests:
+            parcel.leave()
+        if self.stream and (self.guests or guests) and not EXPANDABLE:
+            torch.cuda.empty_cache()  # what is cached in pieces would not be used again
+        self.guests, start = guests, 0
+        memory = torch.empty(sum(parcel.bytes for parcel in guests), dtype=torch.uint8, device=self.device)
+        for parcel in guests:
+            parcel.visit(memory, start)
+            start += parcel.bytes
+
+    def note_peak(self) -> None:
+        """Note what was reserved at most while the parcels of the last `receive` were there."""
+        peak = torch.cuda.max_memory_reserved(self.device)
+        self.peaks[id(self.guests)] = max(peak, self.peaks.get(id(self.guests), 0))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
     def run_ahead(self) -> None:
         """Copy what is expected next, as long as there is room."""
         ahead = self.following.get(self.queue[-1][0] if self.queue else self.last)
-        while ahead and ahead.host is not None and all(ahead is not parcel for parcel, *_ in self.queue):
+        while ahead and not ahead.here and all(ahead is not parcel for parcel, *_ in self.queue):
             if not self.copy(ahead):
                 return
             ahead = self.following.get(ahead)
@@ -223,7 +250,7 @@ class StreamedBlock:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         ring, parcel = self._streamed.ring, self._parcel
-        if parcel.host is None:
+        if parcel.here:
             return super().__call__(*args, **kwargs)
         try:
             ring.take(parcel)
@@ -263,8 +290,11 @@ class Streamed:
         uses = Counter(id(tensor) for tensors in blocks.values() for tensor in tensors)
         largest = max((sum(tensor.nbytes for tensor in tensors) for tensors in blocks.values()), default=0)
         buffers = {id(tensor): tensor for tensor in model.buffers()}  # a pipeline may use those of a VAE without a call
+        first = next(model.parameters(), None)  # diffusers takes its device for that of the model
+        if whole and first is not None:
+            buffers[id(first)] = first
         outside = {
-            id(next(model.parameters(), None)),  # diffusers takes its device for that of the model
+            id(first),
             *buffers,
             *(id(tensor) for tensor in everything if tensor.nbytes < largest / 1000),  # to point to it takes longer
             *(key for key, count in uses.items() if count > 1),
@@ -280,6 +310,7 @@ class Streamed:
         self.rest = Parcel([tensor for tensor in everything if id(tensor) not in elsewhere], self.device)
         self.buffers = Parcel(list(buffers.values()), self.device)
         self.buffers.stay()
+        self.guests = [self.rest]  # what is on the card while this runs, or other models with the same list
         model._streamed, model._apply = self, self.apply
         inside = {module for block in blocks for module in block.modules()}
         entries = [module for module in model.modules() if module not in inside]  # a VAE is entered by its decoder
@@ -291,8 +322,8 @@ class Streamed:
     @torch.compiler.disable
     def begin(self, module: torch.nn.Module, *arguments: Any) -> Any:
         """Before a forward outside the blocks: bring what is outside to the card. Returns the arguments, there too."""
-        ring, comes_and_goes = self.ring, self.rest.host is not None
-        if module is not self.model and (not comes_and_goes or ring.visitor is self):
+        ring = self.ring
+        if module is not self.model and ring.guests is self.guests:
             return None
         if not ring.clean:
             ring.reset()
@@ -307,12 +338,8 @@ class Streamed:
             for tensor in tensors_of(self.model):
                 if id(tensor) not in known:
                     tensor.data = tensor.data.to(self.device)  # a LoRA is small, and stays
-        if ring.visitor not in (None, self):
-            ring.visitor.rest.leave()
-            ring.visitor = None
-        if comes_and_goes and ring.visitor is None:
-            self.rest.visit()
-            ring.visitor = self
+        if ring.guests is not self.guests:
+            ring.receive(self.guests)
         if all(leaf.device == self.device for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)):
             return None  # the very same arguments: a VAE writes into the list that it is given as a cache
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), arguments)
@@ -322,33 +349,49 @@ class Streamed:
 
         After `.to` another dtype it begins again with all that can move: pipelines in float16 upcast their VAE so.
         """
-        if any(function(tensor.data).data_ptr() != tensor.data_ptr() for tensor in tensors_of(self.model)):
+        moves, changes = False, False
+        for dtype, dim in {(t.dtype, t.dim()) for t in (*self.model.parameters(), *self.model.buffers())}:
+            for place in (self.device, HOST):
+                probe = torch.empty((2,) * dim, dtype=dtype, device=place)
+                result = function(probe)
+                moves |= result.device != place
+                changes |= (result.dtype, result.stride()) != (dtype, probe.stride())
+        if moves or changes:
             self.remove()
             self.model._apply(function, recurse)
-            if all(function(torch.empty(0, device=place)).device == place for place in (self.device, HOST)):
+            if not moves:
                 again = Streamed(self.model, self.ring, self.whole)
                 self.ring.size = max([self.ring.size, *(parcel.bytes for parcel in again.parcels)])
         return self.model
 
-    def keep(self, budget: float) -> int:
+    def keep(self, budget: float, as_guests: bool = False) -> int:
         """Let blocks stay on the card, for at most `budget` bytes: the largest first, evenly spread over their kind.
 
-        They have most to copy for their compute. Returns the bytes that were taken.
+        They have most to copy for their compute. Guests leave when another model runs. Returns the bytes that were
+        taken.
         """
         streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
         for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
             kind = [parcel for parcel in streamed if parcel.bytes == size]
             count = min(len(kind), int((budget - taken) // size))
-            taken += sum(kind[number * len(kind) // count].stay() for number in range(count))
+            chosen = [kind[number * len(kind) // count] for number in range(count)]
+            if as_guests:
+                self.guests += chosen
+            else:
+                for parcel in chosen:
+                    parcel.stay()
+            taken += count * size
         return taken
 
     def remove(self) -> None:
         """End it: all weights go back to where they were."""
         self.ring.reset()
         self.ring.following.clear()
-        if self.ring.visitor:
-            self.ring.visitor.rest.leave()
-        self.ring.memory = self.ring.visitor = None
+        for parcel in self.ring.guests:
+            parcel.leave()
+        self.ring.memory, self.ring.guests = None, []
+        own = {id(parcel) for parcel in (*self.parcels, self.rest)}
+        self.guests[:] = [parcel for parcel in self.guests if id(parcel) not in own]
         for parcel in (*self.parcels, self.rest, self.buffers):
             parcel.restore()
         for hook in self.hooks:
@@ -377,6 +420,7 @@ def stream_blocks(model: torch.nn.Module, budget_gb: float, device: torch.device
         streamed.remove()
         raise ValueError(f"The largest block takes {size(max(sizes))}: give at least that, and better twice that.")
     streamed.rest.stay()
+    streamed.guests.clear()
     streamed.ring.size = 0 if budget >= sum(sizes) else int(min(budget, RING * max(sizes))) // 256 * 256
     streamed.keep(budget - streamed.ring.size)
     return streamed
@@ -426,6 +470,9 @@ def fill_card(
             # A VAE comes and goes whole: with tiles it would need its blocks many times.
             filled.parts[name] = Streamed(model, ring, whole=hasattr(model, "decode"))
         _plan(pipeline, filled, ring, limit_gb, call)
+    except torch.OutOfMemoryError as error:
+        filled.remove()
+        raise MemoryError("The card has no room even for what is outside of the blocks: give more.") from error
     except BaseException:
         filled.remove()
         raise
@@ -450,52 +497,66 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
     """Decide what stays, comes and goes, or is streamed."""
     parts, on_gpu = filled.parts, ring.device.type == "cuda"
     torch.cuda.empty_cache()
-    others = torch.cuda.memory_reserved(ring.device) if on_gpu else 0
+    reserved = torch.cuda.memory_reserved(ring.device) if on_gpu else 0
     free = torch.cuda.mem_get_info(ring.device)[0] if on_gpu else psutil.virtual_memory().available
     limit = free if limit_gb is None else limit_gb * GB
     # What runs at each step. The others run once: text encoders before the steps, the VAE after them.
     steps = [name for name, s in parts.items() if isinstance(s.model, ModelMixin) and not hasattr(s.model, "decode")]
+    others, together = [name for name in parts if name not in steps], []
+    for name in steps:
+        parts[name].guests = together
     held = sum(parts[name].rest.stay() for name in steps)
     ring.size = RING * max((parcel.bytes for s in parts.values() for parcel in s.parcels), default=0)
 
-    def measure() -> float:
+    def measure() -> tuple[float, float]:
+        """Bytes that a call reserves with every block streamed: during the steps, and before and after them."""
         if not on_gpu:
-            return held + ring.size
+            return held + ring.size, held + ring.size + max((parts[name].rest.bytes for name in others), default=0)
+        ring.peaks = {}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ring.device)
         try:
             with torch.random.fork_rng([ring.device]):
                 try_out(pipeline, call)
         except torch.OutOfMemoryError:
-            return float("inf")
-        return SPARE * (torch.cuda.max_memory_reserved(ring.device) - others)
+            return float("inf"), float("inf")
+        ring.note_peak()
+        in_steps, outside = ring.peaks.pop(id(together), 0), max(ring.peaks.values(), default=0)
+        return SPARE * (in_steps - reserved), SPARE * (outside - reserved)
 
-    peak, vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
-    if peak > limit and not getattr(vae, "use_tiling", True):
+    (in_steps, outside), vae, tiling = measure(), getattr(pipeline, "vae", None), "in one piece"
+    if outside > limit and not getattr(vae, "use_tiling", True):
         tiling = "in tiles, because the limit is too low for the whole picture"
         filled.tiled_vae = vae
         vae.enable_tiling()
-        peak = measure()
+        in_steps, outside = measure()
+    ring.peaks, peak = None, max(in_steps, outside)
     if peak > limit:
         takes = "more than is free" if peak == float("inf") else size(peak)
         raise MemoryError(
             f"With every block streamed a call takes {takes}, and the limit is {size(limit)}: draw smaller, or give "
             "more."
         )
-    room = limit - peak
-    for names in (steps, [name for name in parts if name not in steps]):
-        total = sum(parcel.bytes for name in names for parcel in parts[name].parcels)
-        room -= sum(parts[name].keep(room * sum(p.bytes for p in parts[name].parcels) / (total or 1)) for name in names)
+    # What stays takes from both; blocks of the steps that leave for the others take from the room of the steps alone.
+    step_room, room = limit - in_steps, limit - outside
+    total = sum(parcel.bytes for name in steps for parcel in parts[name].parcels) or 1
+    shares = {name: sum(parcel.bytes for parcel in parts[name].parcels) / total for name in steps}
+    stays = sum(parts[name].keep(min(step_room, room) * share) for name, share in shares.items())
+    step_room, room = step_room - stays, room - stays
+    step_room -= sum(parts[name].keep(step_room * share, as_guests=True) for name, share in shares.items())
+    room = min(step_room, room)
+    for name in others:
+        room -= parts[name].keep(room)
     for name, s in parts.items():
-        if s.rest.host is not None and s.rest.bytes <= room and all(parcel.host is None for parcel in s.parcels):
+        if s.rest.host is not None and s.rest.bytes <= room and all(parcel.here for parcel in s.parcels):
+            s.guests.clear()
             room -= s.rest.stay()
-        moving = [parcel for parcel in s.parcels if parcel.host is not None]
+        guests = [parcel for parcel in s.parcels if parcel in together]
+        moving = [parcel for parcel in s.parcels if parcel.host is not None and parcel not in together]
         how = "stays on the card" if s.rest.host is None else "comes when it is called, and leaves for the next"
-        if moving:
-            streamed = size(sum(parcel.bytes for parcel in moving))
-            how += (
-                f", but {len(moving)} of {len(s.parcels)} blocks are streamed, {streamed} a forward, for want of room"
-            )
+        for parcels, what in ((guests, "leave before and after the steps"), (moving, "are streamed")):
+            if parcels:
+                how += f"; of its {len(s.parcels)} blocks {len(parcels)} {what} ({size(sum(p.bytes for p in parcels))})"
         how += f"; it decodes {tiling}" if s.model is vae else ""
         filled.reasons.append(f"{name} ({size(sum(parcel.bytes for parcel in (*s.parcels, s.rest)))}) {how}.")
     filled.least_gb, filled.expected_gb = peak / GB, (limit - room) / GB

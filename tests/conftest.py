@@ -35,6 +35,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 cpu_backend.enable()
 
+
+@pytest.fixture(autouse=True)
+def whole_card():
+    """A limit on the memory of this process, which streamed placements and programs set, ends with the test."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 WIDTH = 64  # every inner dimension is a multiple of 64, the nf4 block
 WORDS = ["cat", "dog", "face", "on", "a", "yellow", "blue", "background"]
 CALL = {

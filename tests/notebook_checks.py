@@ -32,7 +32,7 @@ DIGESTS = Path(__file__).parent / "stored_outputs.txt"
 FPS = 16  # Wan2.1 draws 16 frames for each second
 
 # What nbval knows and the design allows. A skipped cell is a cell that nobody tests.
-TAGS = {"nbval-ignore-output", "raises-exception"}
+TAGS = {"nbval-ignore-output", "raises-exception", "check"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|tmp|Users|mnt|media|opt|srv|var)/\S*|\b[A-Z]:\\\w\S*")
 # What JupyterLab writes, and so what it leaves alone: in another form a notebook is unsaved as soon as it opens. The
@@ -231,7 +231,10 @@ def check_tables(notebook: NotebookNode) -> list[str]:
 
 
 def check_tags(notebook: NotebookNode) -> list[str]:
-    """Only known tags, no markers in comments, and an assert wherever the output is not compared."""
+    """Only known tags, no markers in comments, and an assert wherever the output is not compared.
+
+    The assert is in the cell itself, or in a folded cell tagged check, which comes right after it.
+    """
     problems = []
     for index, cell in enumerate(notebook.cells):
         for tag in sorted(tags(cell) - TAGS):
@@ -240,10 +243,12 @@ def check_tags(notebook: NotebookNode) -> list[str]:
             continue
         if re.search(r"^\s*#+\s*(NBVAL_|PYTEST_VALIDATE_)", cell.source, re.MULTILINE):
             problems.append(f"{name(index, cell)} has an nbval marker in a comment: use a tag.")
-        tree = parse(cell.source)
-        asserts = tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
-        if "nbval-ignore-output" in tags(cell) and not asserts:
+        after = notebook.cells[index + 1 : index + 2]
+        checked = asserts(cell) or any("check" in tags(other) and asserts(other) for other in after)
+        if "nbval-ignore-output" in tags(cell) and not checked:
             problems.append(f"{name(index, cell)} is tagged nbval-ignore-output and asserts nothing.")
+        if "check" in tags(cell) and not (asserts(cell) and cell.metadata.get("jupyter", {}).get("source_hidden")):
+            problems.append(f"{name(index, cell)} is tagged check: it must assert, and be folded (source_hidden).")
     return problems
 
 
@@ -392,6 +397,12 @@ def parse(source: str) -> ast.Module | None:
         return ast.parse(source)
     except SyntaxError:
         return None
+
+
+def asserts(cell: NotebookNode) -> bool:
+    """Whether a code cell asserts anything."""
+    tree = parse(cell.source) if cell.cell_type == "code" else None
+    return tree is not None and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 
 def without_code(markdown: str) -> str:

@@ -105,8 +105,7 @@ def test_weights_in_the_fp16_variant_only(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
-def test_strategies_draw_the_same(family, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)  # it would last
+def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     model = models.find_model(str(checkpoint(family)))
     strategies.save_nf4(asdict(model), str(tmp_path))
     arguments = asdict(replace(model, saved=str(tmp_path)))
@@ -123,9 +122,12 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path, monkeypatch):
     torch.testing.assert_close(run("nf4, model offload, eager")[0], quantized)
     leaves, nf4 = run("saved nf4, leaf group offload, eager")
     assert nf4 == set(model.quantized) and 0 < (leaves - reference).abs().mean() < 0.1
-    torch.testing.assert_close(run("saved nf4, block group offload, eager")[0], leaves)
-    stays = "saved nf4, block group offload with the rest on the card, eager"
-    torch.testing.assert_close(run(stays)[0], leaves)
+    for name in ("block group offload", "block group offload with the rest on the card"):
+        picture = run(f"saved nf4, {name}, eager")[0]
+        if devices.accelerator().type == "cpu":
+            torch.testing.assert_close(picture, leaves)
+        else:  # what is outside of the blocks is no longer nf4 there, and a GPU rounds the two products differently
+            assert (picture - leaves).abs().mean() < 0.01
     torch.testing.assert_close(run("saved nf4, streamed, 2 GB, eager")[0], leaves)
 
 
@@ -510,7 +512,7 @@ def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
     if devices.accelerator().type == "cpu":  # a real card has no pages so small
         assert (streamed[0].name, streamed[0].failure, streamed[0].distance) == (tight, None, second.distance)
     assert sentence.startswith(f"{sum(row.failure is not None for row in streamed)} of 4")
-    assert streamed[1].name == too_tight and streamed[1].failure.endswith("draw smaller, or give more.")
+    assert streamed[1].name == too_tight and streamed[1].failure.endswith("give more.")
     assert (second.name, second.failure) == ("saved nf4, block group offload, eager", None)
     assert (second.height, second.width, second.frames, second.steps) == (32, 32, 9, 2)
     assert first.distance == 0 and 0 < second.distance < 25 and second.spread_s == 0

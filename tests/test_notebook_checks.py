@@ -31,6 +31,9 @@ def good_notebook():
     )
 
 
+CHECK = {"tags": ["check"], "jupyter": {"source_hidden": True}}
+
+
 def result(text, kind="text/plain"):
     return new_output("execute_result", {kind: text}, execution_count=1)
 
@@ -102,6 +105,8 @@ BREAKS = {
     "tags: misspelt": lambda n: code(n).metadata.update(tags=["nbval-ignore"]),
     "tags: marker in a comment": lambda n: code(n).update(source="# NBVAL_SKIP\nx"),
     "tags: ignored and no assert": lambda n: n.cells[3].update(source="x  # assert"),
+    "tags: a check that asserts nothing": lambda n: n.cells[3].update(source="x", metadata=CHECK),
+    "tags: a check that is not folded": lambda n: n.cells[3].metadata.update(tags=["check"]),
     "details: blank line": lambda n: n.cells[2].update(source="<details><summary>S</summary>\n\nx\n</details>"),
     "links: file missing": lambda n: n.cells[2].update(source="[next](99_none.ipynb#part)"),
     "links: picture missing": lambda n: n.cells[2].update(source='<img src="none.png">'),
@@ -156,6 +161,13 @@ def test_meant_error_passes():
     code(notebook).metadata.tags = ["raises-exception"]
     code(notebook).outputs = [error()]
     assert notebook_checks.check_executed(notebook) == []
+
+
+def test_a_folded_check_right_after_a_cell_counts_as_its_assert():
+    notebook = good_notebook()
+    notebook.cells[3].update(source="x")
+    notebook.cells.insert(4, new_code_cell("assert x == 1", metadata=CHECK))
+    assert notebook_checks.check_tags(notebook) == []
 
 
 def test_encoded_picture_is_no_path():

@@ -148,7 +148,7 @@ def test_a_pipeline_in_a_fresh_process(tiny_checkpoint, tmp_path):
     assert (result.name, result.repeats, result.height) == ("bf16", 2, 32)
     assert result.load_s > 0 and result.latency_s > 0 and result.host_peak_gb > 0.2 and result.footprint_gb > 0
     if devices.has_memory_statistics():
-        assert 0 < result.peak_gb <= result.reserved_gb
+        assert 0 <= result.peak_gb <= result.reserved_gb  # 0: this pipeline stays on the host
     else:
         assert result.reserved_gb is None
     pipeline, changes = load_bf16(str(tiny_checkpoint), 2)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.quality import image_distance, video_distance
+from helpers.quality import difference, image_distance, video_distance
 
 GREY = np.full((4, 6, 3), 100, dtype=np.uint8)
 
@@ -36,3 +36,14 @@ def test_video_distance_is_the_mean_over_frames():
     for a, b in (([GREY], [GREY, GREY]), ([], [])):
         with pytest.raises(ValueError, match="frames"):
             video_distance(a, b)
+
+
+def test_a_difference_is_black_where_pictures_are_equal():
+    other = GREY.copy()
+    other[0, 0] = (103, 98, 250)
+    picture = difference(Image.fromarray(GREY), other)
+    assert picture.dtype == np.uint8 and picture[0, 0].tolist() == [24, 16, 255]  # no level wraps around
+    assert picture.sum() == picture[0, 0].sum()
+    assert (difference(GREY, GREY + 1, factor=2) == 2).all()
+    with pytest.raises(ValueError, match="cannot be compared"):
+        difference(GREY, GREY[:2])

@@ -102,16 +102,8 @@ def without_text_encoders(pipeline, model):
     return bare
 
 
-@pytest.fixture
-def whole_card():
-    """A limit that a streamed placement sets on this process stays no longer than the test."""
-    yield
-    if DEVICE.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 @pytest.mark.parametrize("placement", strategies.PLACEMENTS)
-def test_placements_of_a_pipeline_for_precomputed_embeddings(placement, whole_card):
+def test_placements_of_a_pipeline_for_precomputed_embeddings(placement):
     pipeline, model = load("resident")  # a picture of the CPU would be another one
     embeddings, pooled, _ = pipeline.encode_prompt("cat", "cat", max_sequence_length=16)
     bare = without_text_encoders(pipeline, model)
@@ -169,6 +161,28 @@ def test_streamed_blocks_draw_the_resident_picture(start, limit_gb, compilation,
     np.testing.assert_array_equal(draw(streamed), draw(resident))
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_blocks_are_copied_several_times_to_stand_for_a_slower_bus(times, tiny_card, monkeypatch):
+    cpu_backend.enable()
+    model = asdict(models.find_model(PATH))
+    tiny_card(0.003)
+    often = f", copied {times} times" if times > 1 else ""
+    pipeline = strategies.assemble(f"nf4, streamed, 0.003 GB{often}, eager", model, CALL)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = draw(pipeline)
+    parcels = [p for part in ("transformer", "text_encoder_2") for p in getattr(pipeline, part)._streamed.parcels]
+    copied, copy_ = dict.fromkeys((p.host.data_ptr() for p in parcels if p.host is not None), 0), torch.Tensor.copy_
+
+    def count(target, source, **settings):
+        if target.device.type == DEVICE.type and source.data_ptr() in copied:
+            copied[source.data_ptr()] += 1
+        return copy_(target, source, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", count)
+    np.testing.assert_array_equal(draw(pipeline), expected)
+    assert min(copied.values()) >= times and {count % times for count in copied.values()} == {0}
+
+
 def test_a_streamed_pipeline_says_what_is_wrong_with_it(tiny_card):
     cpu_backend.enable()
     model = models.find_model(PATH)
@@ -219,7 +233,9 @@ def test_streaming_sets_the_limit_on_the_process(monkeypatch):
     assert filled.mock_calls == [mock.call("pipeline", limit, height=32) for limit in (4, 0.5, 24)]
 
 
-@pytest.mark.parametrize("name", ["saved nf4, streamed, 5 GB, regional compile", "bf16, streamed, 0.001 GB, eager"])
+@pytest.mark.parametrize(
+    "name", ["saved nf4, streamed, 5 GB, regional compile", "bf16, streamed, 0.001 GB, copied 4 times, eager"]
+)
 def test_any_limit_can_be_named(name):
     assert strategies.is_streamed(name)
 
@@ -231,6 +247,8 @@ def test_any_limit_can_be_named(name):
         "nf5, streamed, 5 GB, eager",
         "nf4, streamed, five GB, eager",
         "nf4, streamed, 5 GB, eagre",
+        "nf4, streamed, 5 GB, copied twice, eager",
+        "nf4, streamed, 5 GB, copied 1 times, eager",
         "nf4, resident, eager",
     ],
 )
@@ -338,7 +356,7 @@ KINDS = {  # placements of one kind leave the same hooks
 
 
 @pytest.mark.parametrize("placement", [None, *strategies.PLACEMENTS])
-def test_a_placement_is_told_from_every_other_one(placement, whole_card):
+def test_a_placement_is_told_from_every_other_one(placement):
     pipeline, model = load(placement or "")
     # On a CPU, nothing done is everything resident; a GPU has what was quantized there, and no more.
     nothing = None if cpu_backend.has_gpu() else "resident"
