@@ -169,8 +169,9 @@ def check_lengths(notebook: NotebookNode) -> list[str]:
 
 
 def check_balance(notebook: NotebookNode) -> list[str]:
-    """About as many text cells as code cells, and at least one of each."""
-    text, code = len(list(text_cells(notebook))), len(list(code_cells(notebook)))
+    """About as many text cells as code cells that are no checks, and at least one of each."""
+    text = len(list(text_cells(notebook)))
+    code = sum("check" not in tags(cell) for _, cell in code_cells(notebook))
     low, high = TEXT_PER_CODE
     if not code or not low <= text / code <= high:
         return [f"The notebook has {text} text cells and {code} code cells: about as many of each are wanted."]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,27 @@ def test_passing_and_failing(tmp_path):
     assert "ZeroDivisionError" in bad
     assert "old output" not in good + bad
     assert [path.read_bytes() for path in paths] == before
+
+
+def test_pages_leave_checks_out_and_describe_pictures(tmp_path):
+    """The message of a picture stands after it, or where its section ends with it, before it."""
+    picture = nbformat.v4.new_output("display_data", data={"image/png": PIXEL})
+    check = new_code_cell("assert not 'for authors'[99:]", metadata={"tags": ["check"]})
+    cells = [
+        new_markdown_cell("## A\n\nLook at the **first** [one](a.md). It is small."),
+        new_code_cell("first", outputs=[picture]),
+        check,
+        new_markdown_cell("## B"),
+        new_code_cell("second", outputs=[picture]),
+        new_markdown_cell('The "second" one\nis small, too: look.'),
+    ]
+    run_notebooks.write_html(run_notebooks.Run(tmp_path / "a.ipynb", new_notebook(cells=cells)), tmp_path)
+    page = (tmp_path / "a.html").read_text()
+    assert re.findall(r'alt="([^"]*)"', page) == [
+        "Look at the first one.",
+        "The &quot;second&quot; one is small, too: look.",
+    ]
+    assert "first" in page and "for authors" not in page
 
 
 def test_no_notebooks(tmp_path, capsys):

@@ -8,6 +8,7 @@ Exit status: 0 if all passed, 1 if any failed or none was found, 130 after Ctrl-
 
 import argparse
 import asyncio
+import html
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_BUILD = "name another folder, as in make run ARGS='--build /tmp/pages'"
+NO_MESSAGE = 'alt="No description has been provided for this image"'  # what nbconvert writes
 LOG_EVERY_S = 20  # a sign of life when nobody watches a terminal
 
 
@@ -169,12 +171,35 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
+def describe_pictures(notebook: nbformat.NotebookNode) -> list[str]:
+    """The message of each picture, in order: the first sentence after it, or before it where a section ends."""
+    messages = []
+    texts = {
+        index: re.sub(r"[*_`]|\[([^]]*)\]\([^)]*\)", r"\1", cell.source)
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown"
+    }
+    for index, cell in enumerate(notebook.cells):
+        after = next((texts[i] for i in range(index + 1, len(notebook.cells)) if i in texts), "#")
+        before = next((texts[i] for i in range(index, -1, -1) if i in texts), "")
+        paragraphs = [part for part in before.split("\n\n") if not part.startswith(("#", "|", "<", "-"))]
+        text = after if not after.startswith(("#", "<", "|")) else paragraphs[-1] if paragraphs else ""
+        sentence = re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0]
+        pictures = [o for o in cell.get("outputs", ()) if any(kind.startswith("image/") for kind in o.get("data", {}))]
+        messages += [html.escape(sentence)] * len(pictures)
+    return messages
+
+
 def write_html(run: Run, folder: Path) -> Path:
-    """Write the notebook as one HTML file, pictures included, and return its path."""
-    exporter = HTMLExporter(embed_images=True)
+    """Write the notebook as one HTML file, pictures included and checks left out, and return its path."""
+    messages = describe_pictures(run.notebook)
+    checks = {"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["check"]}}
+    exporter = HTMLExporter(embed_images=True, config=Config(checks))
     page, _ = exporter.from_notebook_node(
         run.notebook, resources={"metadata": {"name": run.path.stem, "path": str(run.path.parent)}}
     )
+    for message in messages:
+        page = page.replace(NO_MESSAGE, f'alt="{message}"', 1)
     # Scripts from the network (formulas) must not hold up a page that is read without one.
     page = page.replace('<script src="https://', '<script defer src="https://')
     # The next lesson lies beside this page, as HTML.
