@@ -92,6 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmups", type=at_least(0), default=0, help="calls between the first and the timed ones (0)")
     parser.add_argument("--timeout", type=at_least(1), default=1800, help="seconds for one combination (1800)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    twice = "measure each combination twice; the second, which finds what the first compiled, goes to a file of its own"
+    parser.add_argument("--warm-cache", action="store_true", help=twice)
     parser.add_argument("--again", action="store_true", help="measure anew what the JSON file holds already")
     return parser.parse_args()
 
@@ -124,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = choose_checkpoint(args)
     model = models.find_model(checkpoint.path)
     size = "" if checkpoint.size == "given" else f"-{checkpoint.size}"
-    file = args.results / f"{checkpoint.model}{size}_{slug(devices.device_name())}.json"
+    warm = "_warm-cache" if args.warm_cache else ""
+    file = args.results / f"{checkpoint.model}{size}{warm}_{slug(devices.device_name())}.json"
     print(f"{args.checkpoint}\n{models.describe(model)}\nresults: {file}\n")
     rows = read_rows(file, checkpoint, names, args)
     todo = [name for name in names if name not in {row.name for row in rows}]
@@ -235,16 +238,18 @@ def measure_one(
             # What one combination compiled must not shorten the first call of the next.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                return processes.measure_in_fresh_process(
-                    strategies.assemble,
-                    checkpoint,
-                    name,
-                    {"name": name, "model": asdict(model), "call": checkpoint.call_arguments},
-                    args.repeats,
-                    args.warmups,
-                    picture=pictures / f"{slug(name)}.png",
-                    timeout_s=args.timeout,
-                )
+                for _ in range(2 if args.warm_cache else 1):
+                    row = processes.measure_in_fresh_process(
+                        strategies.assemble,
+                        checkpoint,
+                        name,
+                        {"name": name, "model": asdict(model), "call": checkpoint.call_arguments},
+                        args.repeats,
+                        args.warmups,
+                        picture=pictures / f"{slug(name)}.png",
+                        timeout_s=args.timeout,
+                    )
+                return row
     except OSError as error:
         failure = str(files.cannot_write("The folder to compile in", error, "set TMPDIR to another folder"))
     except TutorialError as error:

@@ -21,11 +21,11 @@ from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
 from helpers.models import Model
 from helpers.residency import is_model_offloaded
-from helpers.streaming import Parcel, Ring, fill_card, find_blocks
+from helpers.streaming import fill_card, find_blocks
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 CPU = torch.device("cpu")
-STREAMED = r"streamed, (\d+|\d*\.\d+) GB(?:, copied ([2-9]) times)?"
+LIMIT = r"(\d+|\d*\.\d+) GB"
 
 
 # How the weights come
@@ -107,11 +107,10 @@ def offload_blocks(
     _offload_all_but_denoisers(pipeline, model)
 
 
-def stream(pipeline: DiffusionPipeline, model: Model, limit_gb: float, copies: int = 1, **call: Any) -> None:
+def stream(pipeline: DiffusionPipeline, model: Model, limit_gb: float, **call: Any) -> None:
     """As much on the accelerator as `limit_gb` has room for; the other blocks are streamed. `call` is that to come.
 
     From here on PyTorch reserves no more than that: what does not fit a card of this size must not fit a larger one.
-    Each block is copied `copies` times, one copy after the other: twice stands for a bus of half the speed.
 
     Raises:
         TutorialError: the limit is too low for the call, or the host has too little memory.
@@ -120,24 +119,9 @@ def stream(pipeline: DiffusionPipeline, model: Model, limit_gb: float, copies: i
         total = torch.accelerator.get_memory_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * devices.GB / total))
     try:
-        filled = fill_card(pipeline, limit_gb, **call)
+        fill_card(pipeline, limit_gb, **call)
     except (MemoryError, ValueError) as error:
         raise TutorialError(str(error)) from error
-    if copies > 1:
-        (ring,) = {part.ring for part in filled.parts.values()}
-        ring.copy = partial(_copy_again, ring, ring.copy, copies - 1)
-
-
-def _copy_again(ring: Ring, copy: Callable[[Parcel], bool], times: int, parcel: Parcel) -> bool:
-    """Copy a parcel into the ring, and `times` times more to the same place."""
-    if not copy(parcel):
-        return False
-    _, start, _ = ring.queue.pop()
-    with torch.cuda.stream(ring.stream):
-        for _ in range(times):
-            ring.memory[start % ring.size :][: parcel.bytes].copy_(parcel.host, non_blocking=True)
-        ring.queue.append((parcel, start, ring.stream and ring.stream.record_event()))
-    return True
 
 
 def _offload_all_but_denoisers(pipeline: DiffusionPipeline, model: Model) -> None:
@@ -367,13 +351,13 @@ VARIANTS = (
 
 def is_streamed(name: str) -> bool:
     """Whether this names a streamed combination, of whichever limit."""
-    return re.fullmatch(rf"({'|'.join(STARTS)}), {STREAMED}, ({'|'.join(COMPILATIONS)})", name) is not None
+    return re.fullmatch(rf"({'|'.join(STARTS)}), streamed, {LIMIT}, ({'|'.join(COMPILATIONS)})", name) is not None
 
 
 def find_placement(placement: str, call: dict[str, Any]) -> Callable[[DiffusionPipeline, Model], None]:
     """The function that puts a pipeline in its place, before it is called with `call`."""
-    if streamed := re.fullmatch(STREAMED, placement):
-        return partial(stream, limit_gb=float(streamed[1]), copies=int(streamed[2] or 1), **call)
+    if streamed := re.fullmatch(f"streamed, {LIMIT}", placement):
+        return partial(stream, limit_gb=float(streamed[1]), **call)
     return PLACEMENTS[placement]
 
 
@@ -415,7 +399,7 @@ def check(pipeline: DiffusionPipeline, model: Model, name: str, start: str, plac
         found, wanted = _how_moved(module), _how_to_move(pipeline, model, part, placement)
         if found != wanted:
             raise TutorialError(f"{name}: the {part} is {found} and should be {wanted}: mend this strategy.")
-    if streamed := re.fullmatch(STREAMED, placement):
+    if streamed := re.fullmatch(f"streamed, {LIMIT}", placement):
         handles = [module._streamed for module in devices.component_modules(pipeline).values()]
         parcels = [parcel for handle in handles for parcel in (*handle.parcels, handle.rest)]
         stays = sum(parcel.bytes for parcel in parcels if parcel.host is None) / devices.GB

@@ -182,13 +182,14 @@ class Processes:
     """Takes the place of the processes: remembers what it was asked to measure, and fails where it is told to."""
 
     def __init__(self, monkeypatch) -> None:
-        self.measured, self.arguments = [], {}
+        self.measured, self.compiled_in, self.arguments = [], [], {}
         self.failures = {}
         monkeypatch.setattr(processes, "measure_in_fresh_process", self.measure)
         monkeypatch.setattr(processes, "run_in_fresh_process", self.save)
 
     def measure(self, load, checkpoint, name, arguments, repeats, warmups, picture, timeout_s):
         self.measured.append(name)
+        self.compiled_in.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         self.arguments[name] = arguments
         if name in self.failures:
             self.failures[name]()
@@ -240,6 +241,19 @@ def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatc
     assert all(row.failure is None for row in results(tmp_path / "r").values())
     distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
     assert distances["bf16, resident, eager"] == 0 and distances["saved nf4, leaf group offload, eager"] > 0
+
+
+def test_a_warm_cache_is_that_of_the_first_of_two_processes(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "nf4, resident")
+    assert run(monkeypatch, *options, "--warm-cache") == ""
+    first, second = started.compiled_in[::2], started.compiled_in[1::2]
+    assert first == second and len(set(first)) == len(first) == 4
+    (file,) = (tmp_path / "r").glob("*.json")
+    assert "_warm-cache_" in file.name
+    started.compiled_in.clear()
+    assert run(monkeypatch, *options) == ""
+    assert len(set(started.compiled_in)) == len(started.compiled_in) == 4
+    assert len(list((tmp_path / "r").glob("*.json"))) == 2
 
 
 def test_what_was_measured_is_not_measured_again(checkpoint, started, monkeypatch, tmp_path):
