@@ -370,7 +370,8 @@ class Streamed:
         They have most to copy for their compute. Guests leave when another model runs. Returns the bytes that were
         taken.
         """
-        streamed, taken = [parcel for parcel in self.parcels if parcel.host is not None], 0
+        streamed = [parcel for parcel in self.parcels if parcel.host is not None and parcel not in self.guests]
+        taken = 0
         for size in sorted({parcel.bytes for parcel in streamed}, reverse=True):
             kind = [parcel for parcel in streamed if parcel.bytes == size]
             count = min(len(kind), int((budget - taken) // size))
@@ -554,9 +555,9 @@ def _plan(pipeline: DiffusionPipeline, filled: Filled, ring: Ring, limit_gb: flo
         guests = [parcel for parcel in s.parcels if parcel in together]
         moving = [parcel for parcel in s.parcels if parcel.host is not None and parcel not in together]
         how = "stays on the card" if s.rest.host is None else "comes when it is called, and leaves for the next"
-        for parcels, what in ((guests, "leave before and after the steps"), (moving, "are streamed")):
+        for parcels, what in ((guests, "stay for the steps only"), (moving, "are streamed")):
             if parcels:
-                how += f"; of its {len(s.parcels)} blocks {len(parcels)} {what} ({size(sum(p.bytes for p in parcels))})"
+                how += f"; {len(parcels)} of its {len(s.parcels)} blocks {what} ({size(sum(p.bytes for p in parcels))})"
         how += f"; it decodes {tiling}" if s.model is vae else ""
         filled.reasons.append(f"{name} ({size(sum(parcel.bytes for parcel in (*s.parcels, s.rest)))}) {how}.")
     filled.least_gb, filled.expected_gb = peak / GB, (limit - room) / GB
