@@ -100,6 +100,7 @@ def limit(model: str, card: str) -> float:
 
 NAMES: dict[str, Any] = {
     "flux": rows("flux-random_nvidia-h200"),
+    "flux_h100": rows("flux-random_nvidia-h100-80gb-hbm3"),
     "flux_settings": rows("flux-random_settings_nvidia-h200"),
     "starts": rows("flux-random_starts_nvidia-h200"),
     "flux_pocket": rows("flux-pocket_amd-epyc-2-threads"),

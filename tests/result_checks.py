@@ -163,23 +163,18 @@ def check_cited(file: str, rows: list[dict[str, Any]]) -> list[str]:
 def check_limits(file: str, rows: list[dict[str, Any]]) -> list[str]:
     """A program that fits has a time and stays below its limit; one that does not has none."""
     problems = []
-    cards = {
-        model: {*cards, *programs.DRAWING, *programs.SAVING} for model, cards in programs.drawing_programs().items()
-    }
     for row in rows:
-        name = f"{row['model']}, {row['card']}, {row['limit_gb']} GB"
+        name = f"{row['model']}, {row['program']}, {row['limit_gb']} GB"
         problems += [f"{name}: no {key}" for key in WHERE if not row[key]] + check_date(name, row["date"])
         problems += [f"{name}: another {key} than the first row" for key in WHERE if row[key] != rows[0][key]]
-        if row["card"] not in cards[row["model"]]:
+        if row["program"] not in (*programs.DRAWING, *programs.SAVING):
             problems.append(f"{name}: there is no such program")
-        least = 0 if row["card"].endswith("--device cpu") else 0.1  # a card that is used holds that at once
+        least = 0 if row["program"].endswith("--device cpu") else 0.1  # a card that is used holds that at once
         if not least <= row["allocated_gb"] <= row["reserved_gb"] <= row["limit_gb"]:
             problems.append(f"{name}: {row['allocated_gb']} GB allocated, {row['reserved_gb']} reserved")
         if (row["call_s"] or 0) > 0 and row["fits"] is not True or row["call_s"] is None and row["fits"] is not False:
             problems.append(f"{name}: fits is {row['fits']} with a call of {row['call_s']} s")
-        if row["fits"] and row["card"].endswith(" GB") and float(row["card"].split()[0]) < row["reserved_gb"]:
-            problems.append(f"{name}: reserves more than the card has")
-    keys = [tuple(row[key] for key in ("model", "card", "limit_gb", "expandable_segments")) for row in rows]
+    keys = [tuple(row[key] for key in ("model", "program", "limit_gb", "expandable_segments")) for row in rows]
     return problems + [f"{key}: there twice" for key in set(keys) if keys.count(key) > 1]
 
 
