@@ -114,6 +114,7 @@ NAMES: dict[str, Any] = {
     "starts": rows("flux-random_starts_nvidia-h200"),
     "flux_pocket": rows("flux-pocket_amd-epyc-2-threads"),
     "wan": rows("wan-random_nvidia-h200"),
+    "wan_h100": rows("wan-random_nvidia-h100-80gb-hbm3"),
     "wan_settings": rows("wan-random_settings_nvidia-h200"),
     "lesson_3": rows("wan-random_lesson-3_nvidia-h200"),
     "pocket_settings": rows("wan-pocket_settings_nvidia-h200"),

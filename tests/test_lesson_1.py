@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from helpers import devices, quality, records
+from helpers import cpu_backend, devices, quality, records
 from helpers.checkpoints import PACKAGE_ROOT
 
 CELLS = json.loads((PACKAGE_ROOT / "notebooks/01_quantize_and_compile.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -68,41 +68,6 @@ def test_the_first_picture_that_pays():
     exec(SOURCES["break-even"].partition("\npairs")[0], names)
     # 10 s more at first, 1 s less each: after 11 pictures both took 56 s.
     assert names["pays_from"]("nf4 + regional", "nf4") == 11
-
-
-@pytest.mark.parametrize("of_the_guide", [False, True])
-def test_the_programs_to_copy(monkeypatch, of_the_guide):
-    """The lesson's own, and the guide's recipe 1: a block with its first line, and the two that compile."""
-    code, guide = re.findall(r"```python\n(.*?)```", SOURCES["cell-64"], re.DOTALL)
-    if of_the_guide:
-        setting, *compiling = [line for line in guide.splitlines() if line]
-        own = "pipeline.transformer.compile_repeated_blocks(fullgraph=True)"
-        assert own in code
-        code = code.replace("\n\npipeline =", f"\n\n{setting}\n\npipeline =").replace(own, "\n".join(compiling))
-    device = devices.accelerator()
-    for theirs, ours in {
-        '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),
-        '"cuda"': repr(device.type),
-        'California")': 'California", height=128, width=128, num_inference_steps=2, max_sequence_length=32)',
-    }.items():
-        assert theirs in code
-        code = code.replace(theirs, ours)
-    spy = checks.Spy(device)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):  # a program changes it
-        pipeline = spy.run(code, monkeypatch)["pipeline"]
-        assert torch._dynamo.config.capture_dynamic_output_shape_ops == of_the_guide
-    torch.compiler.reset()
-    parts = devices.component_modules(pipeline)
-    assert checks.placement(pipeline, spy) == dict.fromkeys(parts, "on the card")
-    assert checks.unquantized(pipeline.transformer) == []
-    assert {name.split(".")[-1] for name in checks.unquantized(pipeline.text_encoder_2)} == {"wo"}
-    assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}
-    assert all(settings.get("fullgraph") for settings in spy.compiled)
-    if of_the_guide:
-        assert len(spy.compiled) == 1 and spy.compiled[0]["mode"] == "max-autotune"
-    else:
-        assert len(spy.compiled) == len(checks.blocks(pipeline.transformer))
-    assert spy.memory_formats == [torch.channels_last] * of_the_guide
 
 
 @pytest.fixture
@@ -262,3 +227,42 @@ def test_cache_artifacts_carry_what_was_compiled(compiling, tmp_path):
         torch.compiler.load_cache_artifacts(artifacts)
     hits, misses = compile_in("there")
     assert (hits, misses) == (1, 0)
+
+
+@pytest.mark.parametrize("of_the_guide", [False, True])
+def test_the_programs(monkeypatch, tmp_path, of_the_guide):
+    """The lesson's own, and the guide's recipe 1: a block with its first line, and the two that compile."""
+    texts = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
+    code, guide = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    if of_the_guide:
+        setting, *compiling = [line for line in guide.splitlines() if line]
+        own = "pipeline.transformer.compile_repeated_blocks(fullgraph=True)"
+        assert own in code
+        code = code.replace("\n\npipeline =", f"\n\n{setting}\n\npipeline =").replace(own, "\n".join(compiling))
+    small = 'California", height=128, width=128, num_inference_steps=2, max_sequence_length=32)'
+    here = {
+        '"black-forest-labs/FLUX.1-dev"': repr(str(PACKAGE_ROOT / "checkpoints" / "pocket-flux")),
+        '"cuda"': repr(devices.accelerator().type),
+        'California")': small,
+    }
+    for theirs, ours in here.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    cpu_backend.enable()
+    monkeypatch.chdir(tmp_path)
+    spy = checks.Spy(devices.accelerator())
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):
+        pipeline = spy.run(code, monkeypatch)["pipeline"]
+        assert torch._dynamo.config.capture_dynamic_output_shape_ops == of_the_guide
+    torch.compiler.reset()
+    parts = devices.component_modules(pipeline)
+    assert checks.placement(pipeline, spy) == dict.fromkeys(parts, "on the card")
+    assert checks.unquantized(pipeline.transformer) == []
+    assert {name.split(".")[-1] for name in checks.unquantized(pipeline.text_encoder_2)} == {"wo"}
+    assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}
+    assert all(settings.get("fullgraph") for settings in spy.compiled)
+    if of_the_guide:
+        assert len(spy.compiled) == 1 and spy.compiled[0]["mode"] == "max-autotune"
+    else:
+        assert len(spy.compiled) == len(checks.blocks(pipeline.transformer))
+    assert spy.memory_formats == [torch.channels_last] * of_the_guide
