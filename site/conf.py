@@ -12,6 +12,7 @@ myst_heading_anchors = 6
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the usual one underlines the names of modules
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 html_static_path = ["static"]
 html_css_files = ["pages.css"]

@@ -21,11 +21,12 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 try:
     import nbformat
 
-    from helpers import errors, files, records
+    from helpers import errors, files
 except ImportError as error:
     sys.exit(f"{error.name} is missing: start this with `make site`, which sets up .venv.")
 
@@ -162,8 +163,8 @@ class Sources:
         """The page of what was measured: for each file what all its rows share, and a table of the rest."""
         text = (
             "# Results\n\nWhat the lessons and the README quote, as it was recorded: a section for each file, with what"
-            " all its rows share in a sentence, and a table of what differs. Memory is in GB of 1e9 bytes; lesson 1"
-            " says what each column means. Wide tables scroll by themselves.\n"
+            " all its rows share in a sentence, and a table of what differs. Memory is in GB of 1e9 bytes; the"
+            " first lesson says what each column means. Wide tables scroll by themselves.\n"
         )
         for path in sorted((self.root / RESULTS).glob("*.json")):
             text += f"\n## {path.stem.replace('_', ', ')}\n\n[{path.name}]({self.copy(RESULTS / path.name)})"
@@ -177,20 +178,29 @@ class Sources:
 
 def results_table(rows: list[dict]) -> str:
     """The records of a file in Markdown: a sentence and a table."""
+    from helpers import records  # here: it imports torch, which takes seconds, and a run needs no results at its start
+
     names = list(dict.fromkeys(name for row in rows for name in row))
     plain = [name for name in names if not any(isinstance(row.get(name), (list, dict)) for row in rows)]
     differing = [name for name in plain if len({row.get(name) for row in rows}) > 1]
     shared = {name: rows[0][name] for name in plain if name not in differing and rows[0].get(name) is not None}
-    # More decimals than in the lessons' tables: what is looked up here may be computed with.
-    frame = records.table([{name: row.get(name) for name in differing} for row in rows], differing, digits=4)
+    frame = records.table([{name: row.get(name) for name in differing} for row in rows], differing)
     lines = [
         [differing[0], *frame.columns],
         ["---"] * len(differing),
         *([str(name), *cells] for name, *cells in frame.itertuples()),
     ]
-    sentence = "; ".join(f"{name} {'yes' if content is True else content}" for name, content in shared.items())
+    sentence = "; ".join(f"{name} {shown(content)}" for name, content in shared.items())
     cells = [" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in line) for line in lines]
-    return f": {sentence}.\n\n" + "".join(f"| {line} |\n" for line in cells)
+    table = "".join(f"| {line} |\n" for line in cells)
+    return f": {sentence}.\n\n```{{table}}\n:class: results\n\n{table}```\n"
+
+
+def shown(content: Any) -> str:
+    """A field for a sentence in Markdown."""
+    if isinstance(content, bool):
+        return "yes" if content else "no"
+    return f"<{content}>" if str(content).startswith("http") else str(content)
 
 
 def sphinx(sources: Path, target: Path, builder: str = "html") -> subprocess.CompletedProcess[str]:
