@@ -58,7 +58,7 @@ def picture_message(notebook: nbformat.NotebookNode, index: int) -> str:
 def page_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A notebook for a page: checks and live widgets left out, pictures and clips with their message."""
     page = nbformat.from_dict(notebook)
-    page.metadata.pop("widgets", None)
+    page.metadata = nbformat.from_dict({"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
     for index, cell in enumerate(page.cells):
         if cell.cell_type != "code":
             continue
