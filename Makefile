@@ -4,7 +4,7 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark site links clean
+.PHONY: help setup run lab test benchmark site links newest clean
 
 help:
 	@echo "make run     execute every notebook, write web pages of what that gave under build/"
@@ -54,6 +54,11 @@ site: setup
 
 links: setup
 	@$(python) tools/pages.py --links $(ARGS)
+
+# For the weekly run of CI: requirements.txt becomes the newest set that the ranges of pyproject.toml allow.
+newest: setup
+	@$(python) -m pip install --quiet --upgrade --upgrade-strategy eager -e .
+	@$(python) -m pip list --format=freeze --exclude-editable --exclude pip | tr 'A-Z_' 'a-z-' | sed 's/+.*//' >requirements.txt
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info

@@ -106,7 +106,13 @@ def test_a_notebook_without_its_checks_with_messages_for_pictures_and_clips(site
     assert re.findall(r'<img alt="([^"]*)"', page) == [first, second]
     assert re.findall(r'<video aria-label="([^"]*)" controls', page) == [second]
     assert "data:video/mp4;base64,AAAA" in page and "$ printed" in page
-    assert "for authors" not in page and "a slider" not in page
+    assert "for authors" not in page and "a slider" not in page and pages.WIDGET not in page
+
+
+def test_code_is_copied_without_outputs_and_prompts(site):
+    script = (site / "_static" / "copybutton.js").read_text()
+    assert "div:not(.output) > div.highlight pre" in script and r">>> |\\.\\.\\. |\\$ |" in script
+    assert "copybutton.js" in (site / "01_one.html").read_text()
 
 
 def test_results_are_a_table_and_what_all_rows_share(site):
@@ -200,11 +206,12 @@ def test_pages_that_cannot_be_built_or_written(tmp_path, monkeypatch):
     assert list((tmp_path / "build").iterdir()) == []
 
 
-def fake_sphinx(status=0, said="", answers=()):
-    """Writes no page, or the answers of the link check."""
+def fake_sphinx(status=0, said="", answers=(), page=""):
+    """Writes one page, or the answers of the link check."""
 
     def sphinx(sources, target, builder="html"):
         target.mkdir(parents=True)
+        (target / "index.html").write_text(page)
         if builder == "linkcheck":
             (target / "output.json").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
         return pages.subprocess.CompletedProcess([], status, "", said)
@@ -217,6 +224,9 @@ def test_main_names_what_is_wrong(repository, capsys, monkeypatch):
     monkeypatch.setattr(pages, "sphinx", fake_sphinx(said="index.md:3: WARNING: something\n"))
     assert pages.main(arguments) == 1
     assert capsys.readouterr().err == "index.md:3: WARNING: something\n"
+    monkeypatch.setattr(pages, "sphinx", fake_sphinx(page='<a href="no.html">'))
+    assert pages.main(arguments) == 1
+    assert capsys.readouterr().err == "index.html links to no.html, which is not there.\n"
     monkeypatch.setattr(pages, "sphinx", fake_sphinx())
     assert pages.main(arguments) == 0
     assert capsys.readouterr().out.endswith(f"Open {repository}/build/other/index.html in a browser.\n")
