@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -119,3 +120,22 @@ def test_readme_results_are_the_recorded_ones():
         for cells in lines:
             row = rows[f"saved nf4, {cells[0]}, regional compile"]
             assert cells[1:] == [README_COLUMNS[column](row) for column in header[1:]]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\d+(?:\.\d+)?", r"\]\(([^)]+)\)", r"^```\n(.*?)^```", r"`([^`\n]+)`"],
+    ids=["figures", "links", "commands", "code"],
+)
+def test_the_chinese_readme_says_the_same(pattern):
+    """Its figures, links, commands and names, each as often as in the English one."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    english, chinese = english.replace("README.zh.md", ""), chinese.replace("README.md", "", 1)
+    found = [Counter(re.findall(pattern, text, re.MULTILINE | re.DOTALL)) for text in (english, chinese)]
+    if pattern.startswith("^"):  # comments are translated
+        found = [Counter(re.sub(r" +#.*", "", block) for block in blocks) for blocks in found]
+    assert found[0] == found[1], (found[0] - found[1], found[1] - found[0])
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
