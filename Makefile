@@ -4,7 +4,7 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark site links newest clean
+.PHONY: help setup run lab test benchmark chart site links newest clean
 
 help:
 	@echo "make run     execute every notebook, write web pages of what that gave under build/"
@@ -47,6 +47,10 @@ test: setup
 # Interrupted, it goes on with the next call.
 benchmark: setup
 	@$(python) -m benchmarks $(ARGS)
+
+# The picture of README.md, from the recorded results.
+chart: setup
+	@$(python) tools/draw_results.py
 
 # A link of a page to another, to a section or to a file that leads nowhere is an error.
 site: setup

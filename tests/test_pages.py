@@ -53,6 +53,7 @@ def repository(tmp_path_factory):
         "checkpoints/small/README.md": "---\nlicense: mit\n---\n\n# small\n\n## How to\n\n[up](../../README.md)\n",
         "benchmarks/results/a_b.json": json.dumps(ROWS),
         "benchmarks/results/c.json": "{}",
+        "benchmarks/results/one.json": json.dumps(ROWS[:1]),
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -119,6 +120,7 @@ def test_results_are_a_table_and_what_all_rows_share(site):
     page = (site / "results.html").read_text()
     text = re.sub(r"<[^>]*>", "", page)
     assert "a_b.json: device H1; seed 0; source https://example.org/a." in text
+    assert "one.json: name a | b; load_s 1.25; device H1; seed 0; source https://example.org/a." in text
     assert re.findall(r"<t[hd][^>]*>(?:<p>)?(.*?)(?:</p>)?</t[hd]>", page) == [
         "name",
         "load_s",

@@ -184,13 +184,11 @@ def results_table(rows: list[dict]) -> str:
     plain = [name for name in names if not any(isinstance(row.get(name), (list, dict)) for row in rows)]
     differing = [name for name in plain if len({row.get(name) for row in rows}) > 1]
     shared = {name: rows[0][name] for name in plain if name not in differing and rows[0].get(name) is not None}
-    frame = records.table([{name: row.get(name) for name in differing} for row in rows], differing)
-    lines = [
-        [differing[0], *frame.columns],
-        ["---"] * len(differing),
-        *([str(name), *cells] for name, *cells in frame.itertuples()),
-    ]
     sentence = "; ".join(f"{name} {shown(content)}" for name, content in shared.items())
+    if not differing:
+        return f": {sentence}.\n"
+    frame = records.table([{name: row.get(name) for name in differing} for row in rows], differing)
+    lines = [[differing[0], *frame.columns], ["---"] * len(differing), *frame.itertuples()]
     cells = [" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in line) for line in lines]
     table = "".join(f"| {line} |\n" for line in cells)
     return f": {sentence}.\n\n```{{table}}\n:class: results\n\n{table}```\n"
