@@ -107,7 +107,8 @@ class Sources:
         contents = {
             "Lessons": list(notebooks),
             "Programs": self.programs,
-            "Results and models": [*(path for path in texts if path.name != "README.md"), RESULTS, *cards],
+            "Results and models": [RESULTS, *cards],
+            "Other languages": [path for path in texts if path.name != "README.md"],
         }
         index = folder / "index.md"
         start = index.read_text(encoding="utf-8") if index.exists() else "# Lessons\n"
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if options.links:
-        print(f"{len(problems)} links to elsewhere do not answer." if problems else "All links to elsewhere answer.")
+        print(f"{len(problems)} without an answer." if problems else "All links to elsewhere answer.")
     else:
         print(f"{time.monotonic() - started:.0f} s. Open {options.build.resolve()}/index.html in a browser.")
     return 1 if problems else 0
