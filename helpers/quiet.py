@@ -14,6 +14,14 @@ NOISE = [
     ("transformers.utils.import_utils", "`SiglipImageProcessor` requires torchvision"),
     # Group offload with a stream: the embedding `shared` of T5 and UMT5 is harmless, see lesson 3.
     ("diffusers.hooks.group_offloading", "It seems like some layers were not executed during the forward pass"),
+    # `from_pipe` with a dtype: nf4 weights stay as they are, as they must. And no module is in the list of the other.
+    *(
+        ("diffusers.pipelines.pipeline_utils", f"The module '{name}' has been loaded in `bitsandbytes` 4bit and conver")
+        for name in ("T5EncoderModel", "FluxTransformer2DModel")
+    ),
+    ("diffusers.models.modeling_utils", "There are modules in AutoencoderKL that should be kept in float32: []."),
+    # A LoRA for the transformer has nothing for CLIP.
+    ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel found"),
 ]
 # Starts of what the libraries warn of. The lessons compute in bfloat16, and the few float32 products stay exact.
 WARNINGS = ["TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled"]

@@ -1,14 +1,17 @@
-"""A tiny model of another family than those of `checkpoints/`, with random weights: something to try a program on."""
+"""Things with random weights to try a program on: a tiny model of another family than `checkpoints/`, a LoRA."""
 
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -86,3 +89,17 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=characters, model_max_length=MAX_TOKENS, chat_template=CHAT, **SPECIAL
     )
+
+
+def save_random_lora(pipeline: DiffusionPipeline, folder: str | Path, rank: int) -> None:
+    """Write a LoRA of random numbers for the queries and values of a FLUX transformer, in place of a trained one.
+
+    The pipeline is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rank)
+        settings = {"r": rank, "lora_alpha": rank, "init_lora_weights": False, "target_modules": ["to_q", "to_v"]}
+        pipeline.transformer.add_adapter(LoraConfig(**settings), "random")
+    layers = get_peft_model_state_dict(pipeline.transformer, adapter_name="random")
+    pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    pipeline.transformer.delete_adapters("random")
