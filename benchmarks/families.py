@@ -4,7 +4,7 @@ A new one is one entry of `FAMILIES`. The configurations are the published ones,
 names (`https://huggingface.co/<repository>`); a test compares the numbers of parameters. What has no weights:
 
 - "flux" and "wan" take tokenizers and scheduler from the pocket models, and so does what is built like them.
-- The others have the scheduler that their entry describes, and `build_tokenizer` stands in for their tokenizer.
+- The others have the scheduler that their entry describes, and `qwen_tokenizer` stands in for their tokenizer.
 """
 
 from dataclasses import dataclass, field
@@ -81,7 +81,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif -%}"""
 
 
-def build_tokenizer() -> PreTrainedTokenizerBase:
+def qwen_tokenizer() -> PreTrainedTokenizerBase:
     """A small tokenizer of Qwen's class that stands in for that of Qwen2.5-VL and Qwen3, which is a download.
 
     Its rules and special tokens are Qwen's. Its few hundred tokens are learnt from the prompts here, so that each word

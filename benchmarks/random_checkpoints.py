@@ -35,7 +35,7 @@ from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from benchmarks.families import FAMILIES, Family, build_tokenizer
+from benchmarks.families import FAMILIES, Family, qwen_tokenizer
 from helpers import checkpoints, checks, devices, files
 from helpers.errors import TutorialError
 
@@ -205,7 +205,7 @@ def write_small_parts(family: Family, pocket: Path | None, folder: Path) -> None
                     shutil.copy(file, folder / name)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(**family.scheduler)
-        for name, part in {"scheduler": scheduler, "tokenizer": build_tokenizer()}.items():
+        for name, part in {"scheduler": scheduler, "tokenizer": qwen_tokenizer()}.items():
             part.save_pretrained(folder / name)
             index[name] = class_entry(type(part))
     index |= {name: class_entry(component) for name, (component, _) in family.components.items()} | family.settings

@@ -1,14 +1,19 @@
 """Everything is built at tiny sizes, with a pocket folder of its own for the tokenizers and the scheduler."""
 
 import errno
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from argparse import Namespace
 from collections import namedtuple
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -17,12 +22,15 @@ from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_pipelines import streams, tight_limit
 from tqdm import tqdm
+from transformers import Qwen2Tokenizer
 
-from benchmarks import random_checkpoints
-from benchmarks.families import FAMILIES
+from benchmarks import __main__ as program
+from benchmarks import random_checkpoints, strategies
+from benchmarks.families import FAMILIES, QWEN_IMAGE_SENTENCE, qwen_tokenizer
 from benchmarks.random_checkpoints import NF4, build
-from helpers import checkpoints, devices
+from helpers import checkpoints, devices, models
 from helpers.errors import TutorialError
 
 T5 = {"vocab_size": 64, "d_model": WIDTH, "d_kv": 32, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 2}
@@ -126,7 +134,7 @@ TINY = {
                 "out_hidden_size": WIDTH,
             },
         },
-        "vae": {"base_dim": 24, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, True]},
+        "vae": {"base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]},
     },
 }
 CALLS = {
@@ -135,6 +143,18 @@ CALLS = {
     "klein": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 32},
     "z-image": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 32},
     "qwen-image": {"prompt": "a cat", "height": 32, "width": 32, "negative_prompt": " "},
+}
+# Files of the lessons' models, as bf16 and in one piece.
+LESSONS = {
+    "flux": "scheduler/scheduler_config.json tokenizer/tokenizer.json tokenizer/tokenizer_config.json "
+    "tokenizer_2/tokenizer.json tokenizer_2/tokenizer_config.json text_encoder/config.json "
+    "text_encoder/model.safetensors text_encoder_2/config.json text_encoder_2/model.safetensors "
+    "transformer/config.json transformer/diffusion_pytorch_model.safetensors "
+    "vae/config.json vae/diffusion_pytorch_model.safetensors",
+    "wan": "scheduler/scheduler_config.json tokenizer/tokenizer.json tokenizer/tokenizer_config.json "
+    "text_encoder/config.json text_encoder/model.safetensors "
+    "transformer/config.json transformer/diffusion_pytorch_model.safetensors "
+    "vae/config.json vae/diffusion_pytorch_model.safetensors",
 }
 MODELS = pytest.mark.parametrize("model", CALLS)
 
@@ -331,6 +351,96 @@ def test_weights_are_random_and_norms_are_ones(cache):
     assert made["decoder.conv_in.weight"].float().std() == pytest.approx(0.02, rel=0.1)
     assert made["decoder.conv_in.bias"].eq(0).all() and made["encoder.norm_out.gamma"].eq(1).all()
     assert random_checkpoints.random_tensor("norm.weight", torch.empty(4), generator).eq(1).all()
+
+
+@pytest.mark.parametrize(("model", "files"), LESSONS.items())
+def test_the_lessons_models_are_the_same_files_as_ever(model, files, cache):
+    """Same names, same numbers: recorded rows and weights saved as nf4 stay those of the checkpoint."""
+    folder = build(model)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*")) == sorted(files.split())
+    assert json.loads((folder / "model_index.json").read_text()) == json.loads(
+        (checkpoints.PACKAGE_ROOT / "checkpoints" / f"pocket-{model}" / "model_index.json").read_text()
+    )
+    for name in FAMILIES[model].components:
+        generator = torch.Generator(devices.accelerator()).manual_seed(0)
+        stored = load_file(next((folder / name).glob("*.safetensors")))
+        parameters = dict(random_checkpoints.create(model, name).named_parameters())
+        assert stored.keys() == parameters.keys()
+        for key, parameter in parameters.items():
+            expected = torch.full(parameter.shape, 1.0 if key.endswith(("weight", "gamma")) else 0.0).bfloat16()
+            if parameter.dim() > 1 and not key.endswith("gamma"):
+                expected = expected.to(generator.device).normal_(0, 0.02, generator=generator).cpu()
+            assert torch.equal(stored[key], expected), key
+
+
+def test_statistics_of_a_norm_change_nothing(cache):
+    vae = load_file(build("klein") / "vae" / "diffusion_pytorch_model.safetensors")
+    assert vae["bn.running_mean"].eq(0).all() and vae["bn.running_var"].eq(1).all()
+    assert vae["bn.num_batches_tracked"].dtype == torch.int64 and vae["bn.num_batches_tracked"] == 0
+
+
+# What stands in for a tokenizer
+
+
+def test_words_of_the_prompts_are_one_token_each():
+    tokenizer = qwen_tokenizer()
+    assert type(tokenizer) is Qwen2Tokenizer
+    for family in FAMILIES.values():
+        for prompt in family.checkpoint.prompts if not family.pocket else ():
+            words = re.findall(r"\w+|[^\w\s]", prompt)
+            assert len(tokenizer(prompt).input_ids) == len(words)
+    assert len(tokenizer("zyx").input_ids) == 3  # another word
+    assert tokenizer.decode(tokenizer("a zyx, ééé").input_ids) == "a zyx, ééé"
+
+
+def test_qwen_image_drops_what_is_before_the_prompt(cache):
+    pipeline = load(build("qwen-image"))
+    before = pipeline.prompt_template_encode.split("{}")[0]
+    assert QWEN_IMAGE_SENTENCE in before
+    assert len(pipeline.tokenizer(before).input_ids) == pipeline.prompt_template_encode_start_idx
+    embeddings, _ = pipeline.encode_prompt("a cat in a pool")
+    assert embeddings.shape[1] == 5 + len(pipeline.tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids)
+
+
+# The benchmark
+
+
+NEWER = [model for model, family in FAMILIES.items() if model not in LESSONS]
+
+
+@pytest.mark.parametrize("model", NEWER)
+@pytest.mark.parametrize("ending", ["", "-nf4"])
+def test_the_benchmark_finds_them_and_the_lessons_do_not(model, ending, monkeypatch):
+    built = []
+    monkeypatch.setattr(random_checkpoints, "build", lambda *arguments: built.append(arguments) or "folder")
+    monkeypatch.setattr(program.models, "call_parameters", lambda path: {})
+    args = Namespace(
+        checkpoint=f"random-{model}{ending}", prompt=None, height=None, width=None, frames=None, steps=None
+    )
+    checkpoint = program.choose_checkpoint(args)
+    assert built == [(model, bool(ending))] and checkpoint == replace(FAMILIES[model].checkpoint, path="folder")
+    call = checkpoint.call_arguments
+    parameters = inspect.signature(getattr(diffusers, FAMILIES[model].pipeline).__call__).parameters
+    assert {"height", "width", "num_inference_steps", "max_sequence_length"} <= call.keys() <= parameters.keys()
+    with pytest.raises(TutorialError, match=f"no model '{model}': ask get_checkpoint for 'flux' or 'wan'"):
+        checkpoints.get_checkpoint(model)
+
+
+@pytest.mark.skipif(devices.accelerator().type != "cpu", reason="a GPU's pages are larger than these models")
+@pytest.mark.parametrize("model", NEWER)
+def test_a_streamed_checkpoint_draws_what_the_resident_one_draws(model, cache):
+    call = CALLS[model] | {"num_inference_steps": 2}
+    for start, folder in (("saved nf4", build(model, nf4=True)), ("bf16", build(model))):
+        found = models.find_model(str(folder))
+        assert found.quantized == FAMILIES[model].quantized and found.is_quantized == (start == "saved nf4")
+        arguments = asdict(replace(found, saved=str(folder)))
+        limit = tight_limit(load(folder), call)
+        resident, streamed = (
+            strategies.assemble(f"{start}, {place}, eager", arguments, call)
+            for place in ("resident", f"streamed, {limit:.9f} GB")
+        )
+        assert streams(streamed, found.denoisers)
+        assert torch.equal(draw(model, streamed), draw(model, resident))
 
 
 # Building
