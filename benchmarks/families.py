@@ -7,7 +7,7 @@ names (`https://huggingface.co/<repository>`); a test compares the numbers of pa
 - The others have the scheduler that their entry describes, and `qwen_tokenizer` stands in for their tokenizer.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diffusers import (
@@ -263,6 +263,20 @@ FAMILIES = {
                 },
             ),
             "vae": (AutoencoderKLQwenImage, {}),
+        },
+    ),
+    "wan22": Family(
+        repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        # Of three steps the first is that of one transformer, the others are those of the other.
+        checkpoint=replace(CHECKPOINTS["wan", "random"], model="wan22", path="random-wan22", guidance_scale=4.0),
+        quantized=("transformer", "transformer_2", "text_encoder"),
+        pocket="wan",
+        settings={"boundary_ratio": 0.875},
+        components={
+            "transformer": (WanTransformer3DModel, WAN_14B),
+            "transformer_2": (WanTransformer3DModel, WAN_14B),
+            "text_encoder": (UMT5EncoderModel, {"vocab_size": 256384, **T5_XXL}),
+            "vae": (AutoencoderKLWan, WAN_VAE),
         },
     ),
 }

@@ -9,6 +9,7 @@ GB of disk:                         bf16  --nf4
     klein       FLUX.2-klein-4B       16      5
     z-image     Z-Image-Turbo         20      6
     qwen-image  Qwen-Image            58     18
+    wan22       Wan2.2-T2V-A14B       69     23
 
 `python -m benchmarks --checkpoint random-klein` measures it, and random-klein-nf4 the combinations of saved nf4.
 A picture or video drawn with it is noise, but time and memory are those of the real model: they depend on shapes, not

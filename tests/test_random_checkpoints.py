@@ -137,12 +137,14 @@ TINY = {
         "vae": {"base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]},
     },
 }
+TINY["wan22"] = TINY["wan"] | {"transformer_2": TINY["wan"]["transformer"]}
 CALLS = {
     "flux": CALL,
     "wan": {"prompt": "cat face", "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16},
     "klein": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 32},
     "z-image": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 32},
     "qwen-image": {"prompt": "a cat", "height": 32, "width": 32, "negative_prompt": " "},
+    "wan22": {"prompt": "cat face", "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16},
 }
 # Files of the lessons' models, as bf16 and in one piece.
 LESSONS = {
@@ -242,6 +244,7 @@ def quantized_layers(module):
         # The sizes of the published files, 2 bytes a parameter: 7.75, 8.05 and 0.168 GB.
         ("klein", {"transformer": 3.876, "text_encoder": 4.022, "vae": 0.0840}),
         ("z-image", {"transformer": 6.155, "text_encoder": 4.022, "vae": 0.0838}),
+        ("wan22", {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.1269}),
         ("qwen-image", {"transformer": 20.43, "text_encoder": 8.292, "vae": 0.1269}),
     ],
 )
@@ -420,7 +423,7 @@ def test_the_benchmark_finds_them_and_the_lessons_do_not(model, ending, monkeypa
     checkpoint = program.choose_checkpoint(args)
     assert built == [(model, bool(ending))] and checkpoint == replace(FAMILIES[model].checkpoint, path="folder")
     call = checkpoint.call_arguments
-    parameters = inspect.signature(getattr(diffusers, FAMILIES[model].pipeline).__call__).parameters
+    parameters = inspect.signature(getattr(diffusers, FAMILIES[model].pipeline or "WanPipeline").__call__).parameters
     assert {"height", "width", "num_inference_steps", "max_sequence_length"} <= call.keys() <= parameters.keys()
     with pytest.raises(TutorialError, match=f"no model '{model}': ask get_checkpoint for 'flux' or 'wan'"):
         checkpoints.get_checkpoint(model)
