@@ -23,6 +23,7 @@ from diffusers import (
 )
 from transformers import (
     CLIPTextModel,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -82,12 +83,13 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """A small tokenizer of Qwen's class that stands in for that of Qwen2.5-VL and Qwen3, which is a download.
+    """A small tokenizer of Qwen's class, in place of those of Qwen2.5-VL, Qwen3 and Mistral 3, which are downloads.
 
     Its rules and special tokens are Qwen's. Its few hundred tokens are learnt from the prompts here, so that each word
     of them is one token, as nearly all are for the published one: Z-Image and Qwen-Image compute on as many tokens as
     the prompt has, the others on 512. In a prompt of your own a word that is not here takes a token for each of its
-    letters or so. The chat template is Qwen's without tools and thoughts.
+    letters or so. The chat template is Qwen's without tools and thoughts. FLUX.2-dev has a processor of text and
+    pictures in its place, from Mistral: without a picture it does the same work.
     """
     texts = [*FULL_FLUX.prompts, QWEN_IMAGE_SENTENCE, *("system\n", "user\n", "assistant\n")]
     special = ["<|im_start|>", "<|im_end|>"]
@@ -277,6 +279,18 @@ FAMILIES = {
             "transformer_2": (WanTransformer3DModel, WAN_14B),
             "text_encoder": (UMT5EncoderModel, {"vocab_size": 256384, **T5_XXL}),
             "vae": (AutoencoderKLWan, WAN_VAE),
+        },
+    ),
+    "flux2-dev": Family(
+        repository="black-forest-labs/FLUX.2-dev",
+        checkpoint=picture("flux2-dev", num_inference_steps=28, guidance_scale=4.0),
+        pipeline="Flux2Pipeline",
+        scheduler=FLUX2_SCHEDULER,
+        components={
+            "transformer": (Flux2Transformer2DModel, {}),
+            # Mistral Small 3 is the default, but for its last layer.
+            "text_encoder": (Mistral3ForConditionalGeneration, {"tie_word_embeddings": False}),
+            "vae": (AutoencoderKLFlux2, {}),
         },
     ),
 }

@@ -10,6 +10,7 @@ GB of disk:                         bf16  --nf4
     z-image     Z-Image-Turbo         20      6
     qwen-image  Qwen-Image            58     18
     wan22       Wan2.2-T2V-A14B       69     23
+    flux2-dev   FLUX.2-dev           113     34
 
 `python -m benchmarks --checkpoint random-klein` measures it, and random-klein-nf4 the combinations of saved nf4.
 A picture or video drawn with it is noise, but time and memory are those of the real model: they depend on shapes, not

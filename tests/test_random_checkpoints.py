@@ -137,6 +137,20 @@ TINY = {
         "vae": {"base_dim": 8, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True]},
     },
 }
+TINY["flux2-dev"] = {
+    "transformer": TINY["klein"]["transformer"] | {"guidance_embeds": True},
+    "text_encoder": {
+        "text_config": DECODER | {"num_hidden_layers": 30, "head_dim": 32},  # the pipeline reads the 30th
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 32,
+        },
+    },
+    "vae": TINY["klein"]["vae"],
+}
 TINY["wan22"] = TINY["wan"] | {"transformer_2": TINY["wan"]["transformer"]}
 CALLS = {
     "flux": CALL,
@@ -145,6 +159,7 @@ CALLS = {
     "z-image": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 32},
     "qwen-image": {"prompt": "a cat", "height": 32, "width": 32, "negative_prompt": " "},
     "wan22": {"prompt": "cat face", "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16},
+    "flux2-dev": {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 512},
 }
 # Files of the lessons' models, as bf16 and in one piece.
 LESSONS = {
@@ -244,6 +259,7 @@ def quantized_layers(module):
         # The sizes of the published files, 2 bytes a parameter: 7.75, 8.05 and 0.168 GB.
         ("klein", {"transformer": 3.876, "text_encoder": 4.022, "vae": 0.0840}),
         ("z-image", {"transformer": 6.155, "text_encoder": 4.022, "vae": 0.0838}),
+        ("flux2-dev", {"transformer": 32.22, "text_encoder": 24.01, "vae": 0.0840}),
         ("wan22", {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.1269}),
         ("qwen-image", {"transformer": 20.43, "text_encoder": 8.292, "vae": 0.1269}),
     ],
@@ -251,6 +267,12 @@ def quantized_layers(module):
 def test_parameter_counts_are_the_published_ones(model, published):
     billions = {name: count / 1e9 for name, count in random_checkpoints.count_parameters(model).items()}
     assert billions == pytest.approx(published, rel=1.5e-3)
+    # The table of GB in the program's help.
+    bf16, nf4 = re.search(rf"^    {model} +.* (\d+) +(\d+)$", random_checkpoints.__doc__, re.MULTILINE).groups()
+    assert abs(int(bf16) - 2 * sum(billions.values())) < 0.55
+    parts = [random_checkpoints.create(model, name, nf4=True) for name in FAMILIES[model].components]
+    size = sum(random_checkpoints.stored_bytes(tensor) for part in parts for tensor in part.parameters())
+    assert abs(int(nf4) - size / 1e9) < 0.55
 
 
 @pytest.mark.parametrize(
@@ -308,7 +330,7 @@ def test_checkpoint_is_what_the_libraries_save(model, cache, tmp_path):
     assert torch.equal(draw(model, stored), draw(model, quantized))
 
 
-@MODELS
+@pytest.mark.parametrize("model", LESSONS)
 @pytest.mark.parametrize("nf4", [False, True])
 def test_large_components_are_several_files(model, nf4, cache, monkeypatch):
     for size in ("FILE_SIZE", "NF4_FILE_SIZE"):
