@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(strategies.COMBINATIONS)
     if args.only:
         names = [name for name in NAMES if any(text in name for text in args.only)]
-        names += [text for text in args.only if strategies.is_streamed(text) and text not in names]
+        names += [text for text in args.only if strategies.is_combination(text) and text not in names]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     files.check_writable(args.results, "name another folder with --results")

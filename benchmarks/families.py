@@ -1,7 +1,8 @@
 """The models that `benchmarks.random_checkpoints` writes: their shapes, what is quantized, and the usual call.
 
-A new one is one entry of `FAMILIES`. The configurations are the published ones, those of the repository that the entry
-names (`https://huggingface.co/<repository>`); a test compares the numbers of parameters. What has no weights:
+A new one is one entry of `FAMILIES`. The shapes are those of the repository that it names, on https://huggingface.co:
+what is published and what the libraries have as defaults. A test compares the numbers of parameters. What has no
+weights:
 
 - "flux" and "wan" take tokenizers and scheduler from the pocket models, and so does what is built like them.
 - The others have the scheduler that their entry describes, and `qwen_tokenizer` stands in for their tokenizer.

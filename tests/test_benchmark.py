@@ -230,7 +230,7 @@ def out_of_memory():
 def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatch, tmp_path, capsys):
     started.failures = {"bf16, resident, eager": out_of_memory, "save": out_of_memory}
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
-    assert run(monkeypatch, *options) == "5 of 7 combinations could not be measured: the table says why."
+    assert run(monkeypatch, *options) == "4 of 6 combinations could not be measured: the table says why."
     rows = results(tmp_path / "r")
     assert list(rows) == [name for name in program.NAMES if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
@@ -254,7 +254,7 @@ def test_a_warm_cache_is_that_of_the_first_of_two_processes(checkpoint, started,
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "nf4, resident")
     assert run(monkeypatch, *options, "--warm-cache") == ""
     first, second = started.compiled_in[::2], started.compiled_in[1::2]
-    assert first == second and len(set(first)) == len(first) == 5
+    assert first == second and len(set(first)) == len(first) == 4
     (file,) = (tmp_path / "r").glob("*.json")
     assert "_warm-cache_" in file.name
     started.compiled_in.clear()
@@ -291,6 +291,14 @@ def test_streamed_within_any_number_of_gb_that_is_named(checkpoint, started, mon
     call = started.arguments[other]["call"]
     assert (call["height"], call["prompt"]) == (32, program.PROMPT)
     assert "No combination contains streamed, 5.5 GB" in run(monkeypatch, *options, "streamed, 5.5 GB")
+
+
+def test_any_combination_can_be_named(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "saved nf4, resident, eager") == ""
+    assert started.measured == ["save", "saved nf4, resident, eager"]
+    for name in ("saved nf4, residing, eager", "saved nf4, eager", "fp8, resident, eager", "saved nf4, , eager"):
+        assert "No combination contains" in run(monkeypatch, *options, name)
 
 
 def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):
