@@ -4,14 +4,16 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark chart clean
+.PHONY: help setup run lab test benchmark chart site links newest clean
 
 help:
-	@echo "make run     execute every notebook, write each as HTML under build/"
+	@echo "make run     execute every notebook, write web pages of what that gave under build/"
 	@echo "make lab     open JupyterLab in notebooks/"
 	@echo "make test    unit tests, static checks, and nbval over every notebook"
 	@echo "make benchmark ARGS='--checkpoint pocket-flux --only eager'"
 	@echo "             measure combinations of quantization, offloading and compilation; ARGS='--help' lists the options"
+	@echo "make site    web pages of the lessons as they are stored, and of README and results, under build/site/"
+	@echo "make links   look up every link to elsewhere on the web"
 	@echo "make clean   remove what these made: .venv, build/ and caches"
 
 setup:
@@ -37,7 +39,7 @@ test: setup
 	@set -e; unset TUTORIAL_MODELS; private=$$(mktemp -d); \
 	trap 'rm -rf "$$private"' EXIT; trap 'exit 130' INT TERM; \
 	export TORCHINDUCTOR_CACHE_DIR="$$private/inductor" IPYTHONDIR="$$private/ipython"; \
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal tests; \
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal tests $(ARGS); \
 	color=; [ -t 1 ] || color=--color=no; \
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color -p tests.watch_kernel --nbval --nbval-current-env \
 		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
@@ -49,6 +51,18 @@ benchmark: setup
 # The picture of README.md, from the recorded results.
 chart: setup
 	@$(python) tools/draw_results.py
+
+# A link of a page to another, to a section or to a file that leads nowhere is an error.
+site: setup
+	@$(python) tools/pages.py $(ARGS)
+
+links: setup
+	@$(python) tools/pages.py --links $(ARGS)
+
+# For the weekly run of CI: requirements.txt becomes the newest set that the ranges of pyproject.toml allow.
+newest: setup
+	@$(python) -m pip install --quiet --upgrade --upgrade-strategy eager -e .
+	@$(python) -m pip list --format=freeze --exclude-editable --exclude pip | tr 'A-Z_' 'a-z-' | sed 's/+.*//' >requirements.txt
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info
