@@ -243,7 +243,8 @@ def write_checkpoint(model: str, nf4: bool, folder: Path) -> None:
         for name, module in modules.items():
             bar.set_description(name)
             file_size = NF4_FILE_SIZE if nf4 else family.file_sizes.get(name, FILE_SIZE)
-            write_component(module, folder / name, file_size, bar)
+            # Of two experts, the second has other weights: were they swapped, the picture would show it.
+            write_component(module, folder / name, file_size, bar, seed=int(name == "transformer_2"))
 
 
 def build(model: str, nf4: bool = False) -> Path:
