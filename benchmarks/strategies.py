@@ -62,7 +62,8 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
 def save_nf4(model: dict, folder: str) -> None:
     """Quantize once and write the result to `folder`, for `load_saved_nf4`. `model` is a `Model` as a dictionary."""
     cpu_backend.enable()
-    quantize_at_load(Model(**model)).save_pretrained(folder)
+    # In small files: what reads them later has one in memory beside its own copy.
+    quantize_at_load(Model(**model)).save_pretrained(folder, max_shard_size="1GB")
 
 
 # Where the components are

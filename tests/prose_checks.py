@@ -95,7 +95,7 @@ def waits_ms(events: list[activity.Activity]) -> float:
 
 def tried(model: str, card: str, segments: bool, fits: bool) -> dict[str, Any]:
     """The row of a program that was tried under a limit; the one with the lowest limit, if there are several."""
-    wanted = {"model": model, "card": card, "expandable_segments": segments, "fits": fits}
+    wanted = {"model": model, "program": card, "expandable_segments": segments, "fits": fits}
     found = [row for row in NAMES["limits"] if wanted.items() <= row.items()]
     return min(found, key=lambda row: row["limit_gb"])
 
@@ -103,13 +103,14 @@ def tried(model: str, card: str, segments: bool, fits: bool) -> dict[str, Any]:
 def limit(model: str, card: str) -> float:
     """The lowest limit under which the program for a card ran."""
     return min(
-        row["limit_gb"] for row in NAMES["limits"] if (row["model"], row["card"], row["fits"]) == (model, card, True)
+        row["limit_gb"] for row in NAMES["limits"] if (row["model"], row["program"], row["fits"]) == (model, card, True)
     )
 
 
 NAMES: dict[str, Any] = {
     "flux": rows("flux-random_nvidia-h200"),
     "flux_h100": rows("flux-random_nvidia-h100-80gb-hbm3"),
+    "flux_warm": rows("flux-random_warm-cache_nvidia-h100-80gb-hbm3"),
     "flux_settings": rows("flux-random_settings_nvidia-h200"),
     "starts": rows("flux-random_starts_nvidia-h200"),
     "flux_pocket": rows("flux-pocket_amd-epyc-2-threads"),
@@ -119,6 +120,7 @@ NAMES: dict[str, Any] = {
     "lesson_3": rows("wan-random_lesson-3_nvidia-h200"),
     "pocket_settings": rows("wan-pocket_settings_nvidia-h200"),
     "limits": json.loads((RESULTS / "limits_nvidia-h200.json").read_text()),
+    "saving": json.loads((RESULTS / "limits_nvidia-h100-80gb-hbm3.json").read_text())[0],
     "copies": {row["copy"]: row for row in json.loads((RESULTS / "copies_nvidia-h200.json").read_text())},
     "flux_activity": activity.load_activities(RESULTS / "flux-random_activity_nvidia-h200.json"),
     "wan_activity": activity.load_activities(RESULTS / "wan-random_activity_nvidia-h200.json"),

@@ -26,6 +26,8 @@ SECONDS = ("load_s", "first_call_s", "latency_s", "step_ms")
 MEMORY = ("load_peak_gb", "run_peak_gb", "host_peak_gb", "footprint_gb", "reserved_gb")
 FIGURES = (*SECONDS, *MEMORY, "distance")
 # Other rows than the combinations of the benchmark: those that a lesson's cells measure.
+# What lessons 2 and 3 had to copy before there was draw.py, by the card that it was for.
+OF_EARLIER_LESSONS = ("24 GB", "16 GB", "12 GB", "8 GB", "6 GB", "the rest stays")
 OF_LESSONS = re.compile(
     r"(nf4|bf16), (resident|leaf|block)(, disk)?(, stream)?(, record_stream|, low_cpu_mem_usage)?"
     r"|nf4, leaf, then compile \(recipe 3\)"
@@ -167,7 +169,7 @@ def check_limits(file: str, rows: list[dict[str, Any]]) -> list[str]:
         name = f"{row['model']}, {row['program']}, {row['limit_gb']} GB"
         problems += [f"{name}: no {key}" for key in WHERE if not row[key]] + check_date(name, row["date"])
         problems += [f"{name}: another {key} than the first row" for key in WHERE if row[key] != rows[0][key]]
-        if row["program"] not in (*programs.DRAWING, *programs.SAVING):
+        if row["program"] not in (*programs.DRAWING, *programs.SAVING, *OF_EARLIER_LESSONS):
             problems.append(f"{name}: there is no such program")
         least = 0 if row["program"].endswith("--device cpu") else 0.1  # a card that is used holds that at once
         if not least <= row["allocated_gb"] <= row["reserved_gb"] <= row["limit_gb"]:
@@ -175,6 +177,23 @@ def check_limits(file: str, rows: list[dict[str, Any]]) -> list[str]:
         if (row["call_s"] or 0) > 0 and row["fits"] is not True or row["call_s"] is None and row["fits"] is not False:
             problems.append(f"{name}: fits is {row['fits']} with a call of {row['call_s']} s")
     keys = [tuple(row[key] for key in ("model", "program", "limit_gb", "expandable_segments")) for row in rows]
+    return problems + [f"{key}: there twice" for key in set(keys) if keys.count(key) > 1]
+
+
+def check_slow_bus(file: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A step is as long as its compute and its copies, or longer, and not as long as both together and more."""
+    problems = []
+    for row in rows:
+        name = f"{row['budget_gb']} GB, {row['copies']} copies"
+        problems += [f"{name}: no {key}" for key in WHERE if not row[key]] + check_date(name, row["date"])
+        problems += [
+            f"{name}: another {key} than the first row" for key in (*WHERE, "resident_ms") if row[key] != rows[0][key]
+        ]
+        copying_ms = 1e3 * row["copied_gb"] * row["copies"] / row["bus_gb_s"]
+        least, most = max(copying_ms, row["resident_ms"]), copying_ms + row["resident_ms"]
+        if not 0.9 * least < row["step_ms"] < most:
+            problems.append(f"{name}: a step of {row['step_ms']:.0f} ms, not {least:.0f} to {most:.0f}")
+    keys = [(row["budget_gb"], row["copies"]) for row in rows]
     return problems + [f"{key}: there twice" for key in set(keys) if keys.count(key) > 1]
 
 
@@ -225,6 +244,7 @@ def rules_of(file: str) -> list:
     for word, rule in {
         "limits_": check_limits,
         "copies_": check_copies,
+        "slow-bus_": check_slow_bus,
         "_activity_": check_activity,
         "cited": check_cited,
     }.items():

@@ -56,6 +56,7 @@ FLUX, WAN, POCKET = (
     "flux-pocket_amd-epyc-2-threads.json",
 )
 LIMITS, COPIES = "limits_nvidia-h200.json", "copies_nvidia-h200.json"
+SLOW_BUS = "slow-bus_nvidia-h100-80gb-hbm3.json"
 CITED, ACTIVITY = "flux-full_rtx-4090_cited.json", "flux-random_activity_nvidia-h200.json"
 COMPILED, NF4, OFFLOADED = "bf16, resident, full compile", "nf4, resident, eager", "nf4, model offload, eager"
 # A file, a break of it, and a word of the problem that must be found.
@@ -97,9 +98,12 @@ BREAKS = [
     (LIMITS, change(2, fits=True), "fits is True"),
     (LIMITS, change(3, call_s=None), "fits is True"),
     (LIMITS, change(3, reserved_gb=7.0), "7.0 reserved"),
-    (LIMITS, change(3, card="10 GB"), "no such program"),
-    (LIMITS, change(3, card="draw.py", allocated_gb=0.0), "0.0 GB allocated"),
-    (LIMITS, change(3, card="6 GB"), "more than the card has"),
+    (LIMITS, change(3, program="10 GB"), "no such program"),
+    (LIMITS, change(3, program="draw.py", allocated_gb=0.0), "0.0 GB allocated"),
+    (SLOW_BUS, change(2, step_ms=90.0), "a step of 90 ms"),
+    (SLOW_BUS, change(2, step_ms=900.0), "a step of 900 ms"),
+    (SLOW_BUS, change(2, resident_ms=100.0), "another resident_ms"),
+    (SLOW_BUS, change(2, copies=1), "twice"),
     (LIMITS, change(4, expandable_segments=False), "twice"),
     (COPIES, change(1, **{"first run GB/s": 5.38}), "order"),
     (COPIES, change(1, date="2026-11-23 to 2026-11-42"), "no date"),
@@ -119,5 +123,5 @@ def test_a_break_is_found(number):
 @pytest.mark.parametrize("card", ["draw.py", "draw.py --compile", "save_nf4.py --device cuda"])
 def test_programs_that_a_reader_takes_home_have_rows(card):
     rows = rows_of(LIMITS)
-    change(3, card=card)(rows)
+    change(3, program=card)(rows)
     assert problems_of(LIMITS, rows) == []
