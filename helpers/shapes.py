@@ -61,11 +61,24 @@ class Kind:
 
 @dataclass(frozen=True)
 class Part:
-    """A component that runs once: its bytes with nf4 weights, those of its largest block, and of all blocks."""
+    """A component that runs once.
 
-    bytes: int
+    Attributes:
+        nf4: weights that become nf4.
+        other: bytes of the rest, in bfloat16.
+        largest: bytes of its largest block, in nf4.
+        in_blocks: bytes of all its blocks, in nf4.
+    """
+
+    nf4: int
+    other: int
     largest: int = 0
     in_blocks: int = 0
+
+    @property
+    def bytes(self) -> float:
+        """Bytes with nf4 weights."""
+        return self.nf4 * NF4_BYTES + self.other
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,7 @@ class Shape:
     pipeline: str
     kinds: list[Kind]
     denoisers: int  # two experts are both in memory, and one of them runs in a step
-    rest: int  # bytes of the denoisers outside of their blocks, in nf4
-    rest_nf4: int  # weights among them that become nf4
+    rest: Part  # the denoisers outside of their blocks
     convolved: int  # weights outside of the blocks that are used on each point of a picture: a UNet's
     widest: int  # most channels of a token between two matrices of a block
     encoders: list[Part]
@@ -88,7 +100,8 @@ class Shape:
     text: int  # tokens of a prompt
     forwards: int  # in a step: two with guidance
     stored: int  # bytes of all weights in bfloat16
-    largest_nf4: int  # bytes of the largest component that becomes nf4
+    largest: float  # bytes of the largest component, in nf4
+    largest_file: int  # bytes of it, as published
     call: dict[str, int] = field(default_factory=dict)  # height, width, frames and steps of a call that names none
 
     @property
@@ -99,7 +112,7 @@ class Shape:
     @property
     def weights(self) -> float:
         """Bytes of all weights, in nf4 where they become that."""
-        return self.blocks + self.rest + sum(part.bytes for part in self.encoders) + self.vae.bytes
+        return self.blocks + self.rest.bytes + sum(part.bytes for part in self.encoders) + self.vae.bytes
 
 
 def known_shapes() -> dict[str, Shape]:
@@ -109,8 +122,9 @@ def known_shapes() -> dict[str, Shape]:
 
 def from_json(values: dict[str, Any]) -> Shape:
     """A shape from what `dataclasses.asdict` made of it."""
-    kinds, encoders = [Kind(**kind) for kind in values["kinds"]], [Part(**part) for part in values["encoders"]]
-    return Shape(**values | {"kinds": kinds, "encoders": encoders, "vae": Part(**values["vae"])})
+    parts = {name: Part(**values[name]) for name in ("rest", "vae")}
+    parts["encoders"] = [Part(**part) for part in values["encoders"]]
+    return Shape(**values | parts | {"kinds": [Kind(**kind) for kind in values["kinds"]]})
 
 
 def read_shape(path: str) -> Shape:
@@ -131,14 +145,15 @@ def read_shape(path: str) -> Shape:
         except (LocalEntryNotFoundError, HFValidationError):
             pass
     model = models.find_model(path)
-    headers = _folder_headers(path) if Path(path).is_dir() else _hub_headers(path)
+    headers, largest_file = _folder_headers(path) if Path(path).is_dir() else _hub_headers(path)
     if missing := [name for name in (*model.denoisers, *model.text_encoders, *model.vaes) if not headers.get(name)]:
         raise TutorialError(f"{path} has no safetensors files of {missing[0]}, so that its sizes cannot be read.")
-    return shape_of(model, headers, partial(models._read_json, path))
+    return shape_of(model, headers, largest_file, partial(models._read_json, path))
 
 
-def _folder_headers(path: str) -> dict[str, Tensors]:
-    headers: dict[str, Tensors] = {}
+def _folder_headers(path: str) -> tuple[dict[str, Tensors], int]:
+    """The weights of each component of a folder, and the bytes of the largest file."""
+    headers, largest = {}, 0
     for file in sorted(Path(path).glob("*/*.safetensors")):
         with safe_open(file, "np") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
@@ -146,21 +161,24 @@ def _folder_headers(path: str) -> dict[str, Tensors]:
                 state = json.loads(bytes(weights.get_tensor(name)).decode())
                 found[name.partition(".quant_state.")[0]] = tuple(state["shape"])
         headers.setdefault(file.parent.name, {}).update(found)
-    return {name: _plain(tensors) for name, tensors in headers.items()}
+        largest = max(largest, file.stat().st_size)
+    return {name: _plain(tensors) for name, tensors in headers.items()}, largest
 
 
-def _hub_headers(path: str) -> dict[str, Tensors]:
-    headers: dict[str, dict[bool, Tensors]] = {}
+def _hub_headers(path: str) -> tuple[dict[str, Tensors], int]:
+    """The same of a repository: of a component that has its weights twice, not those in float16."""
+    headers, largest = {}, 0
     with checks.hub_errors(path):
-        for file, _ in checks.hub_files(path):
+        for file, size in checks.hub_files(path):
             if file.endswith(".safetensors") and file.count("/") == 1:
                 found = HfApi().parse_safetensors_file_metadata(path, file).tensors
                 variants = headers.setdefault(file.split("/")[0], {})
                 shapes = {name: tuple(info.shape) for name, info in found.items()}
                 variants.setdefault(".fp16" in file, {}).update(shapes)
+                largest = max(largest, size)
     if any(".quant_state." in name for variants in headers.values() for names in variants.values() for name in names):
         raise TutorialError(f"{path} is quantized, and its headers do not say from what: give the model that it was.")
-    return {name: variants.get(False) or variants[True] for name, variants in headers.items()}
+    return {name: variants.get(False) or variants[True] for name, variants in headers.items()}, largest
 
 
 def _plain(tensors: Tensors) -> Tensors:
@@ -169,17 +187,16 @@ def _plain(tensors: Tensors) -> Tensors:
     return {name: shape for name, shape in tensors.items() if not beside.search(name)}
 
 
-def shape_of(model: models.Model, headers: dict[str, Tensors], read: Any) -> Shape:
+def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int, read: Any) -> Shape:
     """Put a shape together. `read` reads a JSON file of the model by its name."""
     parts = {name: _weigh(tensors, name in model.quantized) for name, tensors in headers.items()}
     configs = {name: read(f"{name}/config.json") for name in (*model.denoisers, *model.vaes)}
     denoiser, vae = configs[model.denoisers[0]], configs[model.vaes[0]] if model.vaes else {}
-    kinds, rest, rest_nf4, convolved = [], 0, 0, 0
+    kinds, rest, convolved = [], (0, 0), 0
     for name in model.denoisers:
         found, outside = _kinds(headers[name])
         kinds += found
-        nf4, other = _sizes(outside, quantized=True)
-        rest, rest_nf4 = rest + int(nf4 * NF4_BYTES + other), rest_nf4 + nf4
+        rest = tuple(map(sum, zip(rest, _sizes(outside, quantized=True), strict=True)))
         convolved += sum(_count(shape) // 4 ** _level(key, outside) for key, shape in outside.items() if len(shape) > 2)
     parameters = models.call_parameters(model.path)
     spatial, temporal, packed = _compression(denoiser, vae)
@@ -190,25 +207,24 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], read: Any) -> Sha
     call |= {"frames": _default(parameters, "num_frames", 1), "steps": _default(parameters, "num_inference_steps", 50)}
     blocks = [shape for name in model.denoisers for key, shape in headers[name].items() if _in_block(key, shape)]
     channels = vae.get("block_out_channels") or [vae.get("base_dim", 128) * n for n in vae.get("dim_mult", (1, 2))]
-    largest = [parts[name].bytes for name in model.quantized if name in parts]
     return Shape(
         pipeline=model.pipeline_class.__name__,
         kinds=kinds,
         denoisers=len(model.denoisers),
-        rest=rest,
-        rest_nf4=rest_nf4,
+        rest=Part(*rest),
         convolved=convolved // len(model.denoisers),
         widest=max((max(shape) for shape in blocks), default=0),
         encoders=[parts[name] for name in model.text_encoders],
-        vae=Part(sum(parts[name].bytes for name in model.vaes)),
+        vae=Part(0, sum(parts[name].other for name in model.vaes)),
         vae_channels=channels[min(1, len(channels) - 1)],
         in_parts=IN_PARTS.search(vae.get("_class_name", "")) is not None,
         spatial=spatial,
         temporal=temporal,
         text=_default(parameters, "max_sequence_length", PAD),
         forwards=_forwards(parameters, denoiser, read("model_index.json")),
-        stored=sum(2 * _count(shape) for tensors in headers.values() for shape in tensors.values()),
-        largest_nf4=max(largest, default=0),
+        stored=sum(map(_stored, headers.values())),
+        largest=max(part.bytes for part in parts.values()),
+        largest_file=largest_file,
         call=call,
     )
 
@@ -218,6 +234,10 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _stored(tensors: Tensors) -> int:
+    return 2 * sum(map(_count, tensors.values()))
 
 
 def _in_block(key: str, shape: tuple[int, ...]) -> bool:
@@ -244,9 +264,8 @@ def _by_block(tensors: Tensors) -> dict[str, Tensors]:
 
 def _weigh(tensors: Tensors, quantized: bool) -> Part:
     sizes = {name: _sizes(part, quantized) for name, part in _by_block(tensors).items()}
-    weights = {name: int(nf4 * NF4_BYTES + other) for name, (nf4, other) in sizes.items()}
-    blocks = [size for name, size in weights.items() if name]
-    return Part(sum(weights.values()), max(blocks, default=0), sum(blocks))
+    blocks = [int(nf4 * NF4_BYTES + other) for name, (nf4, other) in sizes.items() if name]
+    return Part(*map(sum, zip(*sizes.values(), strict=True)), max(blocks, default=0), sum(blocks))
 
 
 def _level(key: str, tensors: Mapping[str, Any]) -> int:
