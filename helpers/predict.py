@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import records
-from helpers.errors import TutorialError
-from helpers.shapes import Kind, Part, Shape, known_shapes
+from helpers.cards import CARDS, Card, find_card
+from helpers.shapes import Part, Shape, known_shapes
 
 GB = 1e9
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -27,7 +27,7 @@ FITTED = {  # each factor, and what it was fitted to
     "picture": (4.8, "times pixels x channels x 2 bytes, to decode a picture: resident FLUX"),
     "clip": (7.6, "the same for frames that are decoded together: resident Wan"),
     "tiles": (0.5, "of that, to decode in tiles: lesson 3"),
-    "reserved": (1.22, "bytes reserved for one of workspace: both models on the H100"),
+    "reserved": (1.2, "bytes reserved for one of workspace: both models on the H100"),
     "filled": (0.98, "of a limit that fill_card uses, and 1.03 of what it must have: FLUX streamed"),
     "host": (1.0, "GB of the process without weights: all starts"),
     "pageable": (5.9, "GB of the host beside the weights in model offload"),
@@ -38,39 +38,6 @@ FITTED = {  # each factor, and what it was fitted to
     "moved": (0.5, "s for each GB of model offload, there and back from pageable memory"),
 }
 FIT = {name: value for name, (value, _) in FITTED.items()}
-
-
-@dataclass(frozen=True)
-class Card:
-    """An accelerator: its memory in GB, dense bf16 Tflop/s with float32 sums, GB/s of its memory and of its bus."""
-
-    gb: int
-    tflops: float
-    memory: float
-    bus: float
-
-
-# GeForce: twice the float32 of the shaders (https://images.nvidia.com/aem-dam/Solutions/geforce/ada/
-# nvidia-ada-gpu-architecture.pdf, appendix; the same holds in those of Ampere GA102 and of RTX Blackwell). H100 and H200:
-# https://www.nvidia.com/en-us/data-center/h200/, and the bus as recorded. Buses of the others: 25 GB/s for 16 lanes of
-# PCIe 4, half of that for 8, twice that for PCIe 5.
-CARDS = {
-    "RTX 3050 6GB": Card(6, 13.5, 168, 12.5),
-    "RTX 4060": Card(8, 30.2, 272, 12.5),
-    "RTX 3060": Card(12, 25.5, 360, 25),
-    "RTX 4070": Card(12, 58.3, 504, 25),
-    "RTX 5070": Card(12, 61.7, 672, 50),
-    "RTX 4060 Ti": Card(16, 44.1, 288, 12.5),
-    "RTX 5060 Ti": Card(16, 47.4, 448, 25),
-    "RTX 4080": Card(16, 97.5, 717, 25),
-    "RTX 5080": Card(16, 112.6, 960, 50),
-    "RTX 3090": Card(24, 71.2, 936, 25),
-    "RTX 4090": Card(24, 165.2, 1008, 25),
-    "RTX 5090": Card(32, 209.5, 1792, 50),
-    "H100": Card(80, 989, 3350, 50),
-    "H200": Card(141, 989, 4800, 53.8),
-}
-USUAL = {6: "RTX 3050 6GB", 8: "RTX 4060", 12: "RTX 4070", 16: "RTX 4080", 24: "RTX 4090", 32: "RTX 5090", 80: "H100"}
 
 
 @dataclass(frozen=True)
@@ -95,15 +62,6 @@ class Prediction:
     latency_s: float
     least_gb: float = 0.0
     tiled: bool = False
-
-
-def find_card(name: str) -> tuple[str, Card]:
-    """A card by its name, however it is written: "NVIDIA GeForce RTX 4090", "4090"."""
-    plain = re.sub(r"nvidia|geforce|rtx|gpu|\s|-", "", name.lower())
-    for known in sorted(CARDS, key=len, reverse=True):
-        if (key := re.sub(r"rtx|\s", "", known.lower())) == plain or re.match(rf"{key}(80gb|gb|hbm)", plain):
-            return known, CARDS[known]
-    raise TutorialError(f"No figures are known of a {name}: name one of {', '.join(CARDS)} that is like it.")
 
 
 def tokens(shape: Shape, call: Call) -> int:
@@ -217,7 +175,7 @@ def predict(
         def at_least(reserved: float) -> float:
             return 1.03 * (always + max(reserved * step_space, encoding, vae + reserved * decode_space))
 
-        if at_least(FIT["reserved"]) > limit_gb * GB:
+        if at_least(FIT["reserved"]) > limit_gb * GB and call.frames > 1:  # a picture is mostly one tile
             tiled, decode_space = decode_space > 0, FIT["tiles"] * decode_space
         least = at_least(FIT["reserved"])
         space = FIT["reserved"] * max(step_space, decode_space)
@@ -291,3 +249,18 @@ def errors(folder: Path = RESULTS) -> list[dict[str, Any]]:
                     found.append({"file": file.stem, "name": row.name, "figure": figure, "recorded": recorded})
                     found[-1] |= {"worked out": expected, "off": off, "hit": abs(off) <= wanted}
     return found
+
+
+def describe_errors() -> str:
+    """How far what is worked out is from what was recorded, with every miss."""
+    found = errors()
+    lines = [f"{len(found)} recorded figures; the factors were fitted to those of the H100 and the H200."]
+    for kind, wanted in WANTED.items():
+        part = [error for error in found if error["figure"].endswith("_gb") == (kind == "memory")]
+        hits = sum(error["hit"] for error in part)
+        lines.append(f"{kind}: {hits} of {len(part)} within {wanted:.0%}. Misses:")
+        for error in part:
+            if not error["hit"]:
+                figures = f"{error['recorded']:.4g} recorded, {error['worked out']:.4g} worked out, {error['off']:+.0%}"
+                lines.append(f"  {error['file']}: {error['name']}: {error['figure']}: {figures}")
+    return "\n".join(lines)
