@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,9 @@ def seconds(value: float) -> str:
         return f"{1e3 * value:.0f} ms"
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.0f} minutes" if value < 7200 else f"{value / 3600:.1f} hours"
+    if value < 7200:
+        return f"{value / 60:.1f} minutes" if value < 600 else f"{value / 60:.0f} minutes"
+    return f"{value / 3600:.1f} hours"
 
 
 def load_recorded(model: str, shapes: dict[str, Shape], folder: Path = RESULTS) -> Recorded:
@@ -253,6 +255,12 @@ def find_plan(request: Request) -> Plan:
     shape = shapes.get(request.model) or read_shape(request.model)
     alike = [name for name, other in shapes.items() if (other.kinds, other.rest) == (shape.kinds, shape.rest)]
     return recommend(request, shape, load_recorded(alike[0] if alike else "", shapes))
+
+
+def describe(plan: Plan) -> str:
+    """A plan as text: what to type, what it takes and why, and what stands in the way."""
+    figures = [f"  {what:28} {figure.text:18} {figure.reason}" for what, figure in plan.figures.items()]
+    return "\n".join([*plan.lines, *figures, *filter(None, [plan.problem])])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -284,9 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     if plan.lines and not args.gpu and gpu != (here and here[0]):
         print(f"Times are those of the {gpu}: name your card with --gpu.\n")
-    print("\n".join(plan.lines))
-    for what, figure in plan.figures.items():
-        print(f"  {what:28} {figure.text:18} {figure.reason}")
+    print(describe(replace(plan, problem="")), end="\n" if plan.lines else "")
     if plan.problem:
         sys.exit(plan.problem)
 

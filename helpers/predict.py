@@ -264,3 +264,15 @@ def describe_errors() -> str:
                 figures = f"{error['recorded']:.4g} recorded, {error['worked out']:.4g} worked out, {error['off']:+.0%}"
                 lines.append(f"  {error['file']}: {error['name']}: {error['figure']}: {figures}")
     return "\n".join(lines)
+
+
+def summarize_errors() -> list[dict[str, Any]]:
+    """How many recorded figures are met, for what `draw.py` does and for other ways: a line for each."""
+    found, lines = errors(), []
+    for way, is_streamed in (("streamed, as draw.py does", True), ("any other", False)):
+        part = [error for error in found if ("streamed" in error["name"]) == is_streamed]
+        for kind, wanted in WANTED.items():
+            hits = [error["hit"] for error in part if error["figure"].endswith("_gb") == (kind == "memory")]
+            lines.append({"way": way, "figures": f"of {kind}", "recorded": len(hits)})
+            lines[-1] |= {"wanted within": f"{wanted:.0%}", "met": sum(hits)}
+    return lines
