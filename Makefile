@@ -4,7 +4,7 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark clean
+.PHONY: help setup run lab test benchmark chart clean
 
 help:
 	@echo "make run     execute every notebook, write each as HTML under build/"
@@ -45,6 +45,10 @@ test: setup
 # Interrupted, it goes on with the next call.
 benchmark: setup
 	@$(python) -m benchmarks $(ARGS)
+
+# The picture of README.md, from the recorded results.
+chart: setup
+	@$(python) tools/draw_results.py
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info

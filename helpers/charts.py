@@ -94,6 +94,26 @@ def latency_memory_chart(
     return figure
 
 
+def reserved_chart(ways: Mapping[str, Measurement]) -> Figure:
+    """A step and a call against the memory reserved, for named ways to place a model on the accelerator.
+
+    Those that are named "streamed, ..." are joined by a line: the more memory they have, the less they copy.
+    """
+    streamed = sorted((row for way, row in ways.items() if "streamed" in way), key=lambda row: row.reserved_gb)
+    others = {way: row for way, row in ways.items() if "streamed" not in way}
+    with _drawing(1, 2, figsize=(10, 4), sharex=True) as (figure, panels):
+        for axes, field, label in zip(panels, ("step_ms", "latency_s"), ("step (ms)", "call (s)"), strict=True):
+            line = [[getattr(row, name) for row in streamed] for name in ("reserved_gb", field)]
+            axes.plot(*line, "o-", color="black", label="fill_card")
+            for index, (way, row) in enumerate(others.items()):
+                axes.plot(row.reserved_gb, getattr(row, field), "Dsv^"[index % 4], color=_colour(index), label=way)
+            top = max(getattr(row, field) for row in ways.values())
+            axes.set(xlabel="memory reserved (GB)", ylabel=label, ylim=(0, 1.1 * top), xlim=(0, None))
+            axes.grid(alpha=0.3)
+        panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
 def latency_memory_bars(
     measurements: Sequence[Measurement], figure: str = "latency_s", title: str = "", memory_format: str = "{:.1f}"
 ) -> Figure:

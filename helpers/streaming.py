@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GB = 1e9
 HOST = torch.device("cpu")
 RING = 2  # the size of the ring, in the largest blocks
-EXPANDABLE = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", "")
+SETTINGS = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+EXPANDABLE = "expandable_segments:True" in SETTINGS
 SPARE = 1.03  # two equal calls differ by 2 % in what they reserve
 
 

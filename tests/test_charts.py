@@ -1,11 +1,13 @@
 import itertools
 from dataclasses import replace
 
+import draw_results
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from matplotlib.text import Annotation, Text
+from PIL import Image
 
 from helpers import charts
 from helpers.activity import Activity
@@ -163,3 +165,20 @@ def test_activity_lanes():
     assert axes.get_xlim() == (2.0, 8.0)
     with pytest.raises(ValueError, match="recordings"):
         charts.activity_timeline({}, 0, 1)
+
+
+def test_reserved_chart_joins_what_is_streamed():
+    def row(reserved_gb, step_ms, latency_s):
+        return Measurement("a", reserved_gb=reserved_gb, step_ms=step_ms, latency_s=latency_s)
+
+    ways = {"streamed, 9 GB": row(9, 2, 5), "resident": row(14, 1, 4), "streamed, 5 GB": row(5, 3, 6)}
+    for axes, values in zip(charts.reserved_chart(ways).axes, ((3, 2), (6, 5)), strict=True):
+        line, point = axes.lines
+        assert (tuple(line.get_xdata()), tuple(line.get_ydata()), line.get_label()) == ((5, 9), values, "fill_card")
+        assert point.get_label() == "resident" and point.get_xdata() == [14]
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > max(values)
+
+
+def test_the_chart_of_the_readme_is_of_these_results():
+    with Image.open(draw_results.CHART) as picture:
+        assert picture.text["Source"] == draw_results.digest(), "the results changed: run `make chart`"

@@ -1,0 +1,30 @@
+"""Draws the chart of README.md from the recorded results: `make chart`.
+
+The picture says in its metadata of which results it was drawn, so that a test can tell whether it is current.
+"""
+
+import hashlib
+import inspect
+from pathlib import Path
+
+from helpers import charts, records
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "benchmarks" / "results" / "flux-random_nvidia-h100-80gb-hbm3.json"
+CHART = ROOT / "benchmarks" / "flux.png"
+
+
+def digest() -> str:
+    """SHA-256 of the results, and of the function that draws them."""
+    return hashlib.sha256(SOURCE.read_bytes() + inspect.getsource(charts.reserved_chart).encode()).hexdigest()
+
+
+def ways() -> dict[str, records.Measurement]:
+    """The rows of saved nf4 weights, named by where the components are."""
+    rows = [row for row in records.load_measurements(SOURCE) if row.name.startswith("saved nf4")]
+    return {row.name.split(", ", 1)[1].rpartition(", ")[0]: row for row in rows}
+
+
+if __name__ == "__main__":
+    charts.reserved_chart(ways()).savefig(CHART, dpi=100, metadata={"Source": digest(), "Software": None})
+    print(CHART)
