@@ -1,5 +1,6 @@
 """The card finder of the start page: a table for those who read, and a form for those who run it."""
 
+import itertools
 import os
 from html import escape
 from typing import Any
@@ -16,22 +17,21 @@ RAM_GB = 64
 LIVE = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
 
 
-def rows(model: str) -> list[dict[str, str]]:
-    """What to type for each size of card, and what it takes: a line for each."""
+def rows() -> list[dict[str, str]]:
+    """What to type for the models with recorded rows and each size of card, and what it takes: a line for each."""
     found = []
-    for gb in CARDS_GB:
+    for model, gb in itertools.product(REPOSITORIES.values(), CARDS_GB):
         gpu = usual_card(gb)
         made = plan.find_plan(plan.Request(model, gb, RAM_GB, gpu))
-        figures = {name: figure.text for name, figure in made.figures.items() if not name.startswith("to save")}
-        drawn = next(name for name in figures if name.startswith(("a picture", "a clip")))
+        drawn = next(name for name in made.figures if name.startswith(("a picture", "a clip")))
         found.append(
             {
-                "card": f"{gb} GB, {gpu}",
-                "draw.py": made.lines[-1].partition('" ')[2] if made.lines else made.problem,
-                "of the card": figures["memory of the card"].removesuffix(" reserved"),
-                "host memory": figures["host memory"],
-                "a step": figures["a step"],
-                "picture" if drawn == "a picture" else "clip": figures[drawn],
+                "model and card": f"{model.split('/')[1].split('-')[0]}, {gpu}{'' if 'GB' in gpu else f' {gb}GB'}",
+                "draw.py": made.lines[-1].partition('" ')[2],
+                "of the card": made.figures["memory of the card"].text.removesuffix(" reserved"),
+                "host memory": made.figures["host memory"].text,
+                "a step": made.figures["a step"].text,
+                "all steps": made.figures[drawn].text,
             }
         )
     return found

@@ -1,7 +1,7 @@
 """What to type for a model, a card and its host memory, and what that takes, each figure with its reason.
 
     python -m helpers.plan black-forest-labs/FLUX.1-dev --card 12 --ram 32
-    python -m helpers.plan FOLDER --card 24 --ram 64 --gpu "RTX 4090" --height 768 --width 768
+    python -m helpers.plan FOLDER --gpu "RTX 4090" --height 768 --width 768
     python -m helpers.plan --check
 
 A recorded row is used where there is one; otherwise figures are worked out from the sizes in the headers of the
@@ -100,8 +100,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *sizes]
     lines.append(" ".join([*words, *(["--compile"] if compiled else [])]))
     drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compiled)
-    what = "a picture" if call.frames == 1 else f"a clip of {call.frames} frames"
-    why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {what}"
+    why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {drawn(call)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
     if made.tiled:
         figures["decoding"] = Figure("in tiles", f"whole it needs more than {limit:g} GB: worked out")
@@ -169,13 +168,12 @@ def _drawing(
         step += "" if compiled else "; eager, the row is compiled: worked out"
         if compiled and there_name == name:
             begin_s, begin = row.load_s, f"{of}, compiling included"
-    what = "a picture" if call.frames == 1 else f"a clip of {call.frames} frames"
     figures = {
         "memory of the card": Figure(f"{reserved_gb:.1f} GB reserved", memory),
         "host memory": Figure(f"{host_gb:.1f} GB", host),
         "before it draws": Figure(seconds(max(begin_s, 1)), begin),
         "a step": Figure(seconds(step_s), step),
-        what: Figure(seconds(call.steps * step_s + outside_s), f"{call.steps} steps, the prompt, the decoding"),
+        drawn(call): Figure(seconds(call.steps * step_s + outside_s), f"{call.steps} steps, the prompt, the decoding"),
     }
     return figures, host_gb
 
@@ -218,6 +216,11 @@ def _folder(request: Request, shape: Shape) -> str:
     """Where the nf4 weights are."""
     name = Path(request.model).name.lower()
     return shlex.quote(request.model if shape.quantized else f"nf4-{name}")
+
+
+def drawn(call: Call) -> str:
+    """What a call draws, in words."""
+    return "a picture" if call.frames == 1 else f"a clip of {call.frames} frames"
 
 
 def seconds(value: float) -> str:
