@@ -9,7 +9,6 @@ model's files. No weights are downloaded. `--check` shows how far what is worked
 """
 
 import argparse
-import json
 import math
 import re
 import shlex
@@ -17,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -25,7 +23,8 @@ from helpers import records
 from helpers.cards import GB, Card, find_card, this_card, usual_card
 from helpers.errors import TutorialError
 from helpers.headers import read_shape
-from helpers.predict import REPOSITORIES, RESULTS, Call, Prediction, describe_errors, predict, read_at_once
+from helpers.predict import Call, Prediction, Recorded, load_recorded, predict, read_at_once
+from helpers.prediction_errors import describe_errors
 from helpers.shapes import Shape, known_shapes
 
 CUDA_GB = 0.7  # what CUDA takes beside what PyTorch reserves
@@ -33,7 +32,6 @@ DISPLAY_GB = 0.3
 SYSTEM_GB = 1.5  # what the system keeps of the host's memory
 STREAMED = re.compile(r"saved nf4, streamed, ([\d.]+) GB, regional compile")
 RESIDENT = "saved nf4, resident, regional compile"
-SAVE = "save_nf4.py --device cuda"
 CPU_S = 14.5  # to quantize a GB on two CPU cores: lesson 2's 8 minutes for 33 GB
 COMPILE_S = 20  # to compile the blocks, where no row says it
 SIZES = ("height", "width", "frames", "steps")
@@ -71,16 +69,6 @@ class Plan:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What was measured: rows of the model that is asked for, and a run of `save_nf4.py` with the GB that it read."""
-
-    rows: Sequence[records.Measurement] = ()
-    save: dict[str, Any] | None = None
-    save_gb: float = 0.0
-    save_is_of_model: bool = False
-
-
 def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     """What to type, and what it takes. It reads nothing: all that it needs is given."""
     name, card = find_card(request.gpu)
@@ -102,6 +90,8 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compiled)
     why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {drawn(call)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
+    if row is None:
+        figures["least"] = Figure(f"{made.least_gb:.1f} GB reserved", "all blocks streamed; decoding may be half off")
     if made.tiled:
         figures["decoding"] = Figure("in tiles", f"whole it needs more than {limit:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
@@ -232,24 +222,6 @@ def seconds(value: float) -> str:
     if value < 7200:
         return f"{value / 60:.1f} minutes" if value < 600 else f"{value / 60:.0f} minutes"
     return f"{value / 3600:.1f} hours"
-
-
-def load_recorded(model: str, shapes: dict[str, Shape], folder: Path = RESULTS) -> Recorded:
-    """The recorded rows of a repository id, of full size; and the last run of `save_nf4.py`."""
-    rows, save = [], None
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, list) or not content:
-            continue
-        if file.name.startswith("limits_"):
-            save = next((row for row in content if row.get("program") == SAVE and row.get("call_s")), save)
-        elif "name" in content[0]:
-            measured = records.load_measurements(file)
-            rows += [
-                row for row in measured if REPOSITORIES.get(row.model) == model and row.checkpoint_size != "pocket"
-            ]
-    of = REPOSITORIES.get(save["model"], "") if save else ""
-    return Recorded(rows, save, shapes[of].stored / GB if of else 0.0, of == model)
 
 
 def find_plan(request: Request) -> Plan:

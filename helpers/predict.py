@@ -1,23 +1,23 @@
 """What a call takes, worked out from a model's shape: memory from the tokens, time from operations and copies.
 
-Some factors were fitted to the recorded rows; `FITTED` lists them. `errors` sets every recorded row beside what is
-worked out for it.
+Some factors were fitted to the recorded rows; `FITTED` lists them. `helpers.prediction_errors` sets every
+recorded row beside what is worked out for it.
 """
 
 import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helpers import records
-from helpers.cards import CARDS, Card, find_card
-from helpers.shapes import Part, Shape, known_shapes
+from helpers.cards import CARDS, GB, Card
+from helpers.shapes import Part, Shape
 
-GB = 1e9
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 REPOSITORIES = {"flux": "black-forest-labs/FLUX.1-dev", "wan": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
-WANTED = {"memory": 0.1, "time": 0.25}  # how far off a figure may be
+
+SAVE = "save_nf4.py --device cuda"
 
 FITTED = {  # each factor, and what it was fitted to
     "busy": (0.59, "of a card's peak: compiled steps with bf16 weights"),
@@ -205,74 +205,29 @@ def predict(
     )
 
 
-NAMES = {"recipe 1": "nf4, resident, full compile", "recipe 2": "nf4, model offload, full compile"}
-NAMES |= {"recipe 3": "nf4, leaf, full compile", "quantization": "nf4, resident, eager"}
-NAMES |= {"quantization, torch.compile": "nf4, resident, full compile"}
-NAMES |= {"quantization, torch.compile, model CPU offloading": "nf4, model offload, full compile"}
-PLACED = re.compile(r"resident|text encoders offloaded|model offload|leaf|block|streamed, (?P<limit>[\d.]+) GB")
+@dataclass(frozen=True)
+class Recorded:
+    """What was measured: rows of the model that is asked for, and a run of `save_nf4.py` with the GB that it read."""
+
+    rows: Sequence[records.Measurement] = ()
+    save: dict[str, Any] | None = None
+    save_gb: float = 0.0
+    save_is_of_model: bool = False
 
 
-def predict_row(row: records.Measurement) -> Prediction | None:
-    """What is worked out for a recorded row; None if its name says no way to place weights."""
-    name = NAMES.get(row.name, row.name)
-    placed = PLACED.search(name)
-    if not placed or row.failure:
-        return None
-    shape = known_shapes()[REPOSITORIES[row.model]]
-    alone = (row.call or {}).get("output_type") == "latent"  # the transformer alone, loaded in host memory
-    if alone:
-        shape = replace(shape, encoders=[], vae=Part(0, 0), vae_channels=0, largest=shape.blocks)
-    call = Call(row.height or 1024, row.width or 1024, row.frames or 1, row.steps or 28)
-    placement = placed[0] if placed["limit"] is None else "streamed"
-    starts = [start for start in ("saved nf4", "bf16") if name.startswith(start)]
-    start = starts[0] if starts else "saved nf4" if alone else "nf4"
-    hidden = "with record_stream" in name or "stream, record_stream" in name or "with the rest" in name
-    _, card = find_card(row.device)
-    return predict(shape, card, call, placement, float(placed["limit"] or 0), "compile" in name, start, hidden)
-
-
-def errors(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Each figure of memory and time of every recorded row of a GPU, and how far what is worked out is off."""
-    found = []
+def load_recorded(model: str, shapes: dict[str, Shape], folder: Path = RESULTS) -> Recorded:
+    """The recorded rows of a repository id, of full size; and the last run of `save_nf4.py`."""
+    rows, save = [], None
     for file in sorted(folder.glob("*.json")):
-        rows = json.loads(file.read_text("utf-8"))
-        if not isinstance(rows, list) or "name" not in rows[0]:
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, list) or not content:
             continue
-        for row in records.load_measurements(file):
-            if row.model not in REPOSITORIES or row.checkpoint_size == "pocket" or (made := predict_row(row)) is None:
-                continue
-            for figure in ("load_peak_gb", "run_peak_gb", "reserved_gb", "host_peak_gb", "step_ms", "latency_s"):
-                recorded, expected = getattr(row, figure), getattr(made, figure)
-                if recorded and (row.source is None or figure == "latency_s"):
-                    wanted = WANTED["memory" if figure.endswith("_gb") else "time"]
-                    off = expected / recorded - 1
-                    found.append({"file": file.stem, "name": row.name, "figure": figure, "recorded": recorded})
-                    found[-1] |= {"worked out": expected, "off": off, "hit": abs(off) <= wanted}
-    return found
-
-
-def describe_errors() -> str:
-    """How far what is worked out is from what was recorded, with every miss."""
-    found = errors()
-    lines = [f"{len(found)} recorded figures; the factors were fitted to those of the H100 and the H200."]
-    for kind, wanted in WANTED.items():
-        part = [error for error in found if error["figure"].endswith("_gb") == (kind == "memory")]
-        hits = sum(error["hit"] for error in part)
-        lines.append(f"{kind}: {hits} of {len(part)} within {wanted:.0%}. Misses:")
-        for error in part:
-            if not error["hit"]:
-                figures = f"{error['recorded']:.4g} recorded, {error['worked out']:.4g} worked out, {error['off']:+.0%}"
-                lines.append(f"  {error['file']}: {error['name']}: {error['figure']}: {figures}")
-    return "\n".join(lines)
-
-
-def summarize_errors() -> list[dict[str, Any]]:
-    """How many recorded figures are met, for what `draw.py` does and for other ways: a line for each."""
-    found, lines = errors(), []
-    for way, is_streamed in (("streamed, as draw.py does", True), ("any other", False)):
-        part = [error for error in found if ("streamed" in error["name"]) == is_streamed]
-        for kind, wanted in WANTED.items():
-            hits = [error["hit"] for error in part if error["figure"].endswith("_gb") == (kind == "memory")]
-            lines.append({"way": way, "figures": f"of {kind}", "recorded": len(hits)})
-            lines[-1] |= {"wanted within": f"{wanted:.0%}", "met": sum(hits)}
-    return lines
+        if file.name.startswith("limits_"):
+            save = next((row for row in content if row.get("program") == SAVE and row.get("call_s")), save)
+        elif "name" in content[0]:
+            measured = records.load_measurements(file)
+            rows += [
+                row for row in measured if REPOSITORIES.get(row.model) == model and row.checkpoint_size != "pocket"
+            ]
+    of = REPOSITORIES.get(save["model"], "") if save else ""
+    return Recorded(rows, save, shapes[of].stored / GB if of else 0.0, of == model)

@@ -1,5 +1,6 @@
 """What a pipeline's memory and time follow from: the bytes of its blocks, and what is used on which tokens."""
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Shape:
         return self.blocks + self.rest.bytes + sum(part.bytes for part in self.encoders) + self.vae.bytes
 
 
+@functools.cache
 def known_shapes() -> dict[str, Shape]:
     """The shapes of models with recorded rows, by repository id."""
     return {name: from_json(values) for name, values in json.loads(KNOWN.read_text("utf-8")).items()}
