@@ -56,8 +56,8 @@ def find_card(name: str) -> tuple[str, Card]:
     if figures := re.fullmatch(r"([\d.]+)/([\d.]+)/([\d.]+)", name):
         return name, Card(*map(float, figures.groups()))
     plain = re.sub(r"nvidia|geforce|rtx|gpu|\s|-", "", name.lower())
-    for known in sorted(CARDS, key=len, reverse=True):
-        if (key := re.sub(r"rtx|\s", "", known.lower())) == plain or re.match(rf"{key}(80gb|gb|hbm)", plain):
+    for known in CARDS:
+        if (key := re.sub(r"rtx|\s", "", known.lower())) == plain or re.match(rf"{key}(\d*gb|hbm)", plain):
             return known, CARDS[known]
     raise TutorialError(
         f"No figures are known of {name!r}: name one that is like it ({', '.join(CARDS)}), or give "

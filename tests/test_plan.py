@@ -78,7 +78,7 @@ def test_a_repository_is_read_by_the_headers_of_its_files(monkeypatch):
     listed = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
     # A second time in float16, as many have it: it must not count twice.
     double = [
-        (file.replace(".safetensors", ".fp16.safetensors"), size) for file, size in listed if "safetensors" in file
+        (file.replace(".safetensors", ".fp16.safetensors"), size) for file, size in listed if "transformer/" in file
     ]
 
     def header(_, path, file):
@@ -111,11 +111,13 @@ def test_a_unet_is_read_by_its_levels():
         "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3),
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
         "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
         "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
     }
     (kind,), outside = headers._kinds(tensors)
-    assert (kind.count, kind.level, kind.used, kind.text, kind.joint) == (2, 1, 640 * 640, 640 * 2048, False)
+    assert (kind.count, kind.level, kind.used, kind.text, kind.joint) == (3, 1, 640 * 640, 640 * 2048, False)
     assert list(outside) == ["down_blocks.0.resnets.0.conv1.weight"]
 
 
@@ -284,10 +286,16 @@ def test_the_lines_are_those_of_the_programs(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "card"),
     [("NVIDIA GeForce RTX 4090", "RTX 4090"), ("4060", "RTX 4060"), ("rtx-4060-ti", "RTX 4060 Ti"),
-     ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")],
+     ("NVIDIA GeForce RTX 4060 Ti 16GB", "RTX 4060 Ti"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")],
 )  # fmt: skip
 def test_cards_are_found_however_they_are_written(name, card):
     assert find_card(name) == (card, CARDS[card])
+
+
+def test_a_slower_relative_is_another_card():
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "RTX 4070 Ti"):
+        with pytest.raises(TutorialError, match="name one that is like it"):
+            find_card(name)
 
 
 def test_the_command(capsys):
