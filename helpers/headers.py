@@ -27,6 +27,7 @@ TEXT = re.compile(r"add_|context|txt|attn2\.to_[kv]|text")
 CROSS = re.compile(r"attn2\.to_k|cross_attn|cross_attention")
 BLOCK = re.compile(r"^(.*?transformer_blocks\.\d+|.*?\b(?:[a-z_]*blocks?|layers?|[a-z_]*refiner|h)\.\d+)\.")
 IN_PARTS = re.compile("Wan|QwenImage|CogVideoX")  # video VAEs that decode a few frames at a time
+CLIP = 81  # frames of a clip where a pipeline does not say: Wan's
 PAD = 77  # tokens of a prompt where a pipeline does not say: CLIP's
 
 
@@ -113,7 +114,10 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int
     sample = denoiser.get("sample_size")
     side = sample * spatial // packed if isinstance(sample, int) else 1024
     call = {name: size or side for name, size in sizes.items()}
-    call |= {"frames": _default(parameters, "num_frames", 1), "steps": _default(parameters, "num_inference_steps", 50)}
+    call |= {
+        "frames": _default(parameters, "num_frames", CLIP if "num_frames" in parameters else 1),
+        "steps": _default(parameters, "num_inference_steps", 50),
+    }
     blocks = [shape for name in model.denoisers for key, shape in headers[name].items() if _in_block(key, shape)]
     channels = vae.get("block_out_channels") or [vae.get("base_dim", 128) * n for n in vae.get("dim_mult", (1, 2))]
     return Shape(
@@ -213,6 +217,9 @@ def _compression(denoiser: dict[str, Any], vae: dict[str, Any]) -> tuple[int, in
     temporal = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 1
     if "temperal_downsample" in vae and "scale_factor_temporal" not in vae:  # so spelt by Wan and Qwen
         temporal = 2 ** sum(vae["temperal_downsample"])
+    if scaling := vae.get("spatio_temporal_scaling"):  # LTX
+        spatial = vae.get("patch_size", 1) * 2 ** sum(scaling)
+        temporal = vae.get("patch_size_t", 1) * 2 ** sum(scaling)
     latent = vae.get("latent_channels") or vae.get("z_dim") or 0
     patch = denoiser.get("patch_size") or (denoiser.get("all_patch_size") or [1])[0]
     packed = patch[-1] if isinstance(patch, (list, tuple)) else patch

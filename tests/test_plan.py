@@ -121,6 +121,22 @@ def test_a_unet_is_read_by_its_levels():
     assert list(outside) == ["down_blocks.0.resnets.0.conv1.weight"]
 
 
+@pytest.mark.parametrize(
+    ("denoiser", "vae", "expected"),
+    [
+        ({"patch_size": 1, "in_channels": 64}, {"block_out_channels": [1] * 4, "latent_channels": 16}, (16, 1)),
+        ({"patch_size": 2, "in_channels": 16}, {"block_out_channels": [1] * 4, "latent_channels": 16}, (16, 1)),
+        ({"patch_size": [1, 2, 2], "in_channels": 16}, {"dim_mult": [1] * 4, "z_dim": 16, "temperal_downsample": [0, 1, 1]}, (16, 4)),
+        ({"in_channels": 128}, {"patch_size": 4, "spatio_temporal_scaling": [1, 1, 1, 0], "latent_channels": 128}, (32, 8)),
+        ({"all_patch_size": [2], "in_channels": 16}, {"block_out_channels": [1] * 4, "latent_channels": 16}, (16, 1)),
+        ({"patch_size": 1, "in_channels": 32}, {"encoder_block_out_channels": [1] * 6, "latent_channels": 32}, (32, 1)),
+    ],
+    ids=["FLUX", "SD3", "Wan", "LTX", "Z-Image", "Sana"],
+)  # fmt: skip
+def test_pixels_and_frames_of_a_token(denoiser, vae, expected):
+    assert headers._compression(denoiser, vae)[:2] == expected
+
+
 def test_operations_are_those_of_lesson_3():
     tokens = 64 * 64 + 512
     # 57 blocks of 12 matrices on each token, and attention
