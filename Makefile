@@ -4,14 +4,16 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark chart clean
+.PHONY: help setup run lab test benchmark chart site links newest clean
 
 help:
-	@echo "make run     execute every notebook, write each as HTML under build/"
+	@echo "make run     execute every notebook, write web pages of what that gave under build/"
 	@echo "make lab     open JupyterLab in notebooks/"
 	@echo "make test    unit tests, static checks, and nbval over every notebook"
 	@echo "make benchmark ARGS='--checkpoint pocket-flux --only eager'"
 	@echo "             measure combinations of quantization, offloading and compilation; ARGS='--help' lists the options"
+	@echo "make site    web pages of the lessons as they are stored, and of README and results, under build/site/"
+	@echo "make links   look up every link to elsewhere on the web"
 	@echo "make clean   remove what these made: .venv, build/ and caches"
 
 setup:
@@ -28,7 +30,7 @@ lab: setup
 		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
 		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
 
-# The unit tests run in two processes of one thread each, which tiny models are faster on.
+# Unit tests and lessons run in two processes of one thread each, which tiny models are faster on.
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
 # come from a CPU with no network, so it sees neither a GPU nor the Hub.
 test: setup
@@ -37,9 +39,10 @@ test: setup
 	@set -e; unset TUTORIAL_MODELS; private=$$(mktemp -d); \
 	trap 'rm -rf "$$private"' EXIT; trap 'exit 130' INT TERM; \
 	export TORCHINDUCTOR_CACHE_DIR="$$private/inductor" IPYTHONDIR="$$private/ipython"; \
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal tests; \
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal tests $(ARGS); \
 	color=; [ -t 1 ] || color=--color=no; \
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color -p tests.watch_kernel --nbval --nbval-current-env \
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(python) -m pytest $$color -n 2 --dist loadfile \
+		-p tests.watch_kernel --nbval --nbval-current-env \
 		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
 
 # Interrupted, it goes on with the next call.
@@ -49,6 +52,18 @@ benchmark: setup
 # The picture of README.md, from the recorded results.
 chart: setup
 	@$(python) tools/draw_results.py
+
+# A link of a page to another, to a section or to a file that leads nowhere is an error.
+site: setup
+	@$(python) tools/pages.py $(ARGS)
+
+links: setup
+	@$(python) tools/pages.py --links $(ARGS)
+
+# For the weekly run of CI: requirements.txt becomes the newest set that the ranges of pyproject.toml allow.
+newest: setup
+	@$(python) -m pip install --quiet --upgrade --upgrade-strategy eager -e .
+	@$(python) -m pip list --format=freeze --exclude-editable --exclude pip | tr 'A-Z_' 'a-z-' | sed 's/+.*//' >requirements.txt
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache *.egg-info

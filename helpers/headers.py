@@ -120,6 +120,7 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int
     }
     blocks = [shape for name in model.denoisers for key, shape in headers[name].items() if _in_block(key, shape)]
     channels = vae.get("block_out_channels") or [vae.get("base_dim", 128) * n for n in vae.get("dim_mult", (1, 2))]
+    patch = vae["patch_size"] if isinstance(vae.get("patch_size"), int) else 1  # LTX decodes patches of pixels
     return Shape(
         pipeline=model.pipeline_class.__name__,
         kinds=kinds,
@@ -129,7 +130,7 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int
         widest=max((max(shape) for shape in blocks), default=0),
         encoders=[parts[name] for name in model.text_encoders],
         vae=Part(0, sum(parts[name].other for name in model.vaes)),
-        vae_channels=channels[min(1, len(channels) - 1)],
+        vae_channels=max(1, channels[min(1, len(channels) - 1)] // patch**2),
         in_parts=IN_PARTS.search(vae.get("_class_name", "")) is not None,
         spatial=spatial,
         temporal=temporal,

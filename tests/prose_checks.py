@@ -121,6 +121,7 @@ NAMES: dict[str, Any] = {
     "pocket_settings": rows("wan-pocket_settings_nvidia-h200"),
     "limits": json.loads((RESULTS / "limits_nvidia-h200.json").read_text()),
     "saving": json.loads((RESULTS / "limits_nvidia-h100-80gb-hbm3.json").read_text())[0],
+    "slow_bus": json.loads((RESULTS / "slow-bus_nvidia-h100-80gb-hbm3.json").read_text()),
     "copies": {row["copy"]: row for row in json.loads((RESULTS / "copies_nvidia-h200.json").read_text())},
     "flux_activity": activity.load_activities(RESULTS / "flux-random_activity_nvidia-h200.json"),
     "wan_activity": activity.load_activities(RESULTS / "wan-random_activity_nvidia-h200.json"),

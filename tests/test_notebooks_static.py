@@ -5,6 +5,7 @@ import pytest
 from notebook_checks import CHECKS, DIGESTS, NOTEBOOKS, ROOT, broken_links, digests, file_anchors
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+READMES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("checkpoints/*/README.md"))]
 
 
 def test_there_are_notebooks():
@@ -18,9 +19,8 @@ def test_notebook(path, check):
     assert not problems, "\n".join([path.name, *problems])
 
 
-@pytest.mark.parametrize("file", ["README.md", "checkpoints/pocket-flux/README.md", "checkpoints/pocket-wan/README.md"])
-def test_links_of_the_readmes_lead_somewhere(file):
-    path = ROOT / file
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_of_the_readmes_lead_somewhere(path):
     assert broken_links(path.read_text(), path.parent, file_anchors(path)) == []
 
 

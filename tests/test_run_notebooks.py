@@ -1,17 +1,20 @@
-"""The notebook runner, on tiny notebooks: exit status, its lines, the pages."""
+"""The notebook runner, on tiny notebooks: exit status, its lines, what it writes."""
 
+import base64
 import errno
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
 import nbformat
+import pages
 import pytest
 import run_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from helpers.errors import TutorialError
 
 # The smallest picture: one transparent pixel.
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -22,7 +25,10 @@ LONG = "The checkpoint is not there, " + "for a reason of many words, " * 40 + "
 
 def write_notebook(folder, name, *sources):
     """A notebook with a title, a link to the next one, and these code cells, which store an old output."""
-    cells = [new_markdown_cell("# Title\n\n[next](02_next.ipynb)"), *map(new_code_cell, sources)]
+    cells = [
+        new_markdown_cell("# Title\n\n[next](02_bad.ipynb) and [none](02_none.ipynb)"),
+        *map(new_code_cell, sources),
+    ]
     for cell in cells[1:]:
         cell.outputs = [nbformat.v4.new_output("stream", text="old output\n")]
     path = folder / f"{name}.ipynb"
@@ -59,6 +65,7 @@ def test_passing_and_failing(tmp_path):
     process = start(tmp_path, TUTORIAL_MODELS="random")
     output, errors = process.communicate(timeout=60)
 
+    stored = [path for path in paths if path != paths[3]]
     lines = output.splitlines()
     assert process.returncode == 1
     assert errors == ""
@@ -72,34 +79,15 @@ def test_passing_and_failing(tmp_path):
     assert lines[4].startswith("05_advice  FAILED") and lines[4].endswith(f"TutorialError: {LONG}")
     assert lines[5].startswith("4 of 5 notebooks failed") and str(tmp_path / "build") in lines[5]
 
-    good, bad = ((tmp_path / "build" / f"{name}.html").read_text() for name in ("01_good", "02_bad"))
+    build = tmp_path / "build"
+    assert sorted(path.name for path in (build / "notebooks").iterdir()) == [f"{path.stem}.ipynb" for path in stored]
+    good, bad = ((build / f"{path.stem}.html").read_text() for path in stored[:2])
     assert f"{tmp_path.name} random" in good
-    assert f"data:image/png;base64,{PIXEL}" in good
-    assert 'href="02_next.html"' in good
+    assert [path.read_bytes() for path in (build / "_images").iterdir()] == [base64.b64decode(PIXEL)]
+    assert 'href="02_bad.html"' in good
     assert "ZeroDivisionError" in bad
     assert "old output" not in good + bad
     assert [path.read_bytes() for path in paths] == before
-
-
-def test_pages_leave_checks_out_and_describe_pictures(tmp_path):
-    """The message of a picture stands after it, or where its section ends with it, before it."""
-    picture = nbformat.v4.new_output("display_data", data={"image/png": PIXEL})
-    check = new_code_cell("assert not 'for authors'[99:]", metadata={"tags": ["check"]})
-    cells = [
-        new_markdown_cell("## A\n\nLook at the **first** [one](a.md). It is small."),
-        new_code_cell("first", outputs=[picture]),
-        check,
-        new_markdown_cell("## B"),
-        new_code_cell("second", outputs=[picture]),
-        new_markdown_cell('The "second" one\nis small, too: look.'),
-    ]
-    run_notebooks.write_html(run_notebooks.Run(tmp_path / "a.ipynb", new_notebook(cells=cells)), tmp_path)
-    page = (tmp_path / "a.html").read_text()
-    assert re.findall(r'alt="([^"]*)"', page) == [
-        "Look at the first one.",
-        "The &quot;second&quot; one is small, too: look.",
-    ]
-    assert "first" in page and "for authors" not in page
 
 
 def test_no_notebooks(tmp_path, capsys):
@@ -137,15 +125,30 @@ def test_build_folder_that_cannot_be_written(tmp_path, capsys):
     assert printed.err.count("\n") == 1 and not (tmp_path / "ran").exists()
 
 
-def test_page_that_cannot_be_written_leaves_the_figures(tmp_path, capsys, monkeypatch):
+def test_notebook_that_cannot_be_written_leaves_the_figures(tmp_path, capsys, monkeypatch):
     path = write_notebook(tmp_path, "01_good", "print('latency', 1.5)", "2.5")
 
     def refuse(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("pathlib.Path.replace", refuse)
-    assert run_notebooks.run_one(path, tmp_path) is False
+    assert run_notebooks.run_one(path, tmp_path)[0] is False
     printed = capsys.readouterr().out
     assert "latency 1.5" in printed and "2.5" in printed
     assert printed.splitlines()[-1].startswith("01_good  FAILED")
-    assert "the lesson passed; " in printed and "01_good.html cannot be written (the disk is full): free" in printed
+    assert "the lesson passed; " in printed and "01_good.ipynb cannot be written (the disk is full): free" in printed
+
+
+def test_pages_that_cannot_be_written_leave_the_figures(tmp_path, capsys, monkeypatch):
+    write_notebook(tmp_path, "01_good", "print('latency', 1.5)", "2.5")
+
+    def refuse(*arguments):
+        raise TutorialError("The disk is full.")
+
+    monkeypatch.setattr(pages, "build", refuse)
+    assert run_notebooks.main(["--notebooks", str(tmp_path), "--build", str(tmp_path / "build")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "The disk is full.\n"
+    first, *figures, last = printed.out.splitlines()
+    assert first.startswith("01_good  passed") and "latency 1.5" in figures and "2.5" in figures
+    assert last == f"1 of 1 notebooks passed. No pages; the notebooks are in {tmp_path}/build/notebooks."

@@ -112,7 +112,6 @@ def test_the_words_are_those_of_lesson_1():
         for cell in cells("01_quantize_and_compile.ipynb")
         if "| word |" in "".join(cell["source"])
     ]
-    other = other.replace("(this lesson)", "([lesson 1](01_quantize_and_compile.ipynb))")
     assert words.partition("| word |")[2].strip() == other.partition("| word |")[2].strip()
 
 

@@ -1,16 +1,15 @@
-"""Execute every notebook headless and write each as HTML.
+"""Execute every notebook headless and build the web pages from what that gave, as `make site` does from what is stored.
 
     python tools/run_notebooks.py [--notebooks notebooks] [--build build]
 
-The notebooks themselves stay as they are. They see this program's environment, TUTORIAL_MODELS included.
+The notebooks themselves stay as they are: each is written with its new outputs into the folder of the pages, as soon as
+it ends. They see this program's environment, TUTORIAL_MODELS included.
 Exit status: 0 if all passed, 1 if any failed or none was found, 130 after Ctrl-C.
 """
 
 import argparse
 import asyncio
-import html
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from pathlib import Path
 
 try:
     import nbformat
+    import pages
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     from helpers import errors, files
@@ -33,7 +32,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_BUILD = "name another folder, as in make run ARGS='--build /tmp/pages'"
-NO_MESSAGE = 'alt="No description has been provided for this image"'  # what nbconvert writes
+EXECUTED = "notebooks"  # where the executed notebooks lie in the folder of the pages
 LOG_EVERY_S = 20  # a sign of life when nobody watches a terminal
 
 
@@ -171,69 +170,47 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def describe_pictures(notebook: nbformat.NotebookNode) -> list[str]:
-    """The message of each picture, in order: the first sentence after it, or before it where a section ends."""
-    messages = []
-    texts = {
-        index: re.sub(r"[*_`]|\[([^]]*)\]\([^)]*\)", r"\1", cell.source)
-        for index, cell in enumerate(notebook.cells)
-        if cell.cell_type == "markdown"
-    }
-    for index, cell in enumerate(notebook.cells):
-        after = next((texts[i] for i in range(index + 1, len(notebook.cells)) if i in texts), "#")
-        before = next((texts[i] for i in range(index, -1, -1) if i in texts), "")
-        paragraphs = [part for part in before.split("\n\n") if not part.startswith(("#", "|", "<", "-"))]
-        text = after if not after.startswith(("#", "<", "|")) else paragraphs[-1] if paragraphs else ""
-        sentence = re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0]
-        pictures = [o for o in cell.get("outputs", ()) if any(kind.startswith("image/") for kind in o.get("data", {}))]
-        messages += [html.escape(sentence)] * len(pictures)
-    return messages
-
-
-def write_html(run: Run, folder: Path) -> Path:
-    """Write the notebook as one HTML file, pictures included and checks left out, and return its path."""
-    messages = describe_pictures(run.notebook)
-    checks = {"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["check"]}}
-    exporter = HTMLExporter(embed_images=True, config=Config(checks))
-    page, _ = exporter.from_notebook_node(
-        run.notebook, resources={"metadata": {"name": run.path.stem, "path": str(run.path.parent)}}
-    )
-    for message in messages:
-        page = page.replace(NO_MESSAGE, f'alt="{message}"', 1)
-    # Scripts from the network (formulas) must not hold up a page that is read without one.
-    page = page.replace('<script src="https://', '<script defer src="https://')
-    # The next lesson lies beside this page, as HTML.
-    page = re.sub(r'href="([\w-]+)\.ipynb', r'href="\1.html', page)
-    target = folder / f"{run.path.stem}.html"
-    files.write_text(target, page, OTHER_BUILD)
-    return target
-
-
 def print_outputs(run: Run) -> None:
-    """Print the texts that the cells gave: what was measured, where the page cannot be written."""
+    """Print the texts that the cells gave: what was measured, where it cannot be written."""
     for cell in run.notebook.cells:
         for output in cell.get("outputs", ()):
             print(output.get("text") or output.get("data", {}).get("text/plain", ""))
 
 
-def run_one(path: Path, build: Path) -> bool:
-    """Execute one notebook, write its page, print its line. True if it passed."""
+def run_one(path: Path, build: Path) -> tuple[bool, Run | None]:
+    """Execute one notebook, write it, print its line. Whether it passed, and the run, unless it is no notebook."""
     try:
         run = Run(path, read_notebook(path))
     except (ValueError, OSError) as error:
         print(f"{path.stem}  FAILED  {first_line(str(error))}", flush=True)
-        return False
+        return False, None
     failure = execute(run)
     seconds = run.seconds
     try:
-        write_html(run, build)
+        files.check_writable(build / EXECUTED, OTHER_BUILD)
+        files.write_text(build / EXECUTED / path.name, nbformat.writes(run.notebook) + "\n", OTHER_BUILD)
     except errors.TutorialError as error:
         print_outputs(run)
         failure = f"{failure or 'the lesson passed'}; {error}"
     if failure:
         print(f"{path.stem}  FAILED  {seconds:.1f} s  {failure}", flush=True)
-        return False
+        return False, run
     print(f"{path.stem}  passed  {seconds:.1f} s", flush=True)
+    return True, run
+
+
+def build_pages(runs: list[Run], build: Path) -> bool:
+    """Build the web pages of all runs. True if that worked; if not, says why and prints what was measured."""
+    folder = runs[0].path.resolve().parent
+    notebooks = {Path(folder.name) / run.path.name: run.notebook for run in runs}
+    try:
+        # What is wrong with a link is for `make site` to say.
+        pages.build(folder.parent, notebooks, build.resolve(), OTHER_BUILD)
+    except errors.TutorialError as error:
+        for run in runs:
+            print_outputs(run)
+        print(error, file=sys.stderr)
+        return False
     return True
 
 
@@ -260,17 +237,23 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the kernel's debugger warns at every start
     signal.signal(signal.SIGTERM, stop)
     try:
-        passed = [run_one(path, options.build) for path in paths]
+        outcomes = [run_one(path, options.build) for path in paths]
+        runs = [run for _, run in outcomes if run]
+        has_pages = bool(runs) and build_pages(runs, options.build)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr, flush=True)
         # Not by a return: nbclient cleans up at exit what its own thread, above, may still be cleaning up.
         os._exit(130)
-    failed = passed.count(False)
+    failed = sum(not passed for passed, _ in outcomes)
     verdict = (
         f"{failed} of {len(paths)} notebooks failed" if failed else f"{len(paths)} of {len(paths)} notebooks passed"
     )
-    print(f"{verdict}. Open {options.build.resolve()}/*.html in a browser.")
-    return 1 if failed else 0
+    build = options.build.resolve()
+    where = (
+        f"Open {build}/index.html in a browser" if has_pages else f"No pages; the notebooks are in {build / EXECUTED}"
+    )
+    print(f"{verdict}. {where}.")
+    return 0 if has_pages and not failed else 1
 
 
 if __name__ == "__main__":
