@@ -30,7 +30,7 @@ lab: setup
 		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
 		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
 
-# The unit tests run in two processes of one thread each, which tiny models are faster on.
+# Unit tests and lessons run in two processes of one thread each, which tiny models are faster on.
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
 # come from a CPU with no network, so it sees neither a GPU nor the Hub.
 test: setup
@@ -41,7 +41,8 @@ test: setup
 	export TORCHINDUCTOR_CACHE_DIR="$$private/inductor" IPYTHONDIR="$$private/ipython"; \
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal tests $(ARGS); \
 	color=; [ -t 1 ] || color=--color=no; \
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(python) -m pytest $$color -p tests.watch_kernel --nbval --nbval-current-env \
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(python) -m pytest $$color -n 2 --dist loadfile \
+		-p tests.watch_kernel --nbval --nbval-current-env \
 		--nbval-cell-timeout=180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg notebooks
 
 # Interrupted, it goes on with the next call.

@@ -5,10 +5,11 @@
     python -m benchmarks --checkpoint stabilityai/stable-diffusion-3.5-medium --only "model offload"
 
 The checkpoint is any text-to-image or text-to-video model of diffusers: a folder, a repository id of the Hub, or one
-of the lessons' own (pocket-flux, pocket-wan, random-flux, random-wan). A combination that fails is a row that says why,
-and the others go on. `reserved_gb` is what a card must have, beside the 0.7 GB of CUDA itself; the two peaks are what
-was allocated. The results go to one JSON file for each checkpoint and device, row by row: the same command goes on
-where it was stopped, and tries again what failed.
+by its name: pocket-flux, pocket-wan, and what benchmarks.random_checkpoints writes: random-flux, random-klein and so
+on, or random-klein-nf4, which needs less disk and serves the combinations of saved nf4. A combination that fails is a
+row that says why, and the others go on. `reserved_gb` is what a card must have, beside the 0.7 GB of CUDA itself; the
+two peaks are what was allocated. The results go to one JSON file for each checkpoint and device, row by row: the same
+command goes on where it was stopped, and tries again what failed.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import random_checkpoints, strategies, writing
+from benchmarks.families import FAMILIES
 from helpers import charts, checks, cpu_backend, devices, files, models, processes, quality, records
 from helpers.checkpoints import CHECKPOINTS, OTHER_CACHE, PACKAGE_ROOT, Checkpoint, cache_folder, find_pocket
 from helpers.errors import TutorialError
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     names = list(strategies.COMBINATIONS)
     if args.only:
         names = [name for name in NAMES if any(text in name for text in args.only)]
-        names += [text for text in args.only if strategies.is_streamed(text) and text not in names]
+        names += [text for text in args.only if strategies.is_combination(text) and text not in names]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     files.check_writable(args.results, "name another folder with --results")
@@ -156,11 +158,13 @@ def run(args: argparse.Namespace) -> None:
 
 def choose_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the command line names, with its settings; a random one is built if it is not there."""
-    entry = {entry.path: entry for entry in CHECKPOINTS.values()}.get(args.checkpoint)
+    is_nf4 = re.fullmatch("random-.+-nf4", args.checkpoint) is not None
+    entries = [*CHECKPOINTS.values(), *(family.checkpoint for family in FAMILIES.values())]
+    entry = {entry.path: entry for entry in entries}.get(args.checkpoint.removesuffix("-nf4" if is_nf4 else ""))
     if entry is not None and entry.size == "pocket":
         checkpoint = replace(entry, path=find_pocket(entry.path))
     elif entry is not None and entry.size == "random":
-        checkpoint = replace(entry, path=str(random_checkpoints.build(entry.model)))
+        checkpoint = replace(entry, path=str(random_checkpoints.build(entry.model, is_nf4)))
     elif entry is not None:
         checkpoint = replace(entry, path=checks.find_on_hub(entry.path))
     else:

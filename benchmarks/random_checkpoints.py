@@ -1,12 +1,20 @@
-"""Writes FLUX.1-dev's or Wan2.1-T2V-14B's exact shapes with random weights, once, into the cache folder.
+"""Writes a model's exact shapes with random weights, once, into the cache folder: no download, no token.
 
-    python -m benchmarks.random_checkpoints flux          # 34 GB of disk, as bf16: what a real run loads
-    python -m benchmarks.random_checkpoints flux --nf4    # 11 GB: transformer and large text encoder in 4 bits
-    python -m benchmarks.random_checkpoints wan [--nf4]   # 40 GB, 14 GB
+    python -m benchmarks.random_checkpoints flux          # as bf16: what a real run loads
+    python -m benchmarks.random_checkpoints flux --nf4    # transformer and large text encoder in 4 bits
 
+GB of disk:                         bf16  --nf4
+    flux        FLUX.1-dev            34     11
+    wan         Wan2.1-T2V-14B        40     14
+    klein       FLUX.2-klein-4B       16      5
+    z-image     Z-Image-Turbo         20      6
+    qwen-image  Qwen-Image            58     18
+    wan22       Wan2.2-T2V-A14B       69     23
+    flux2-dev   FLUX.2-dev           113     34
+
+`python -m benchmarks --checkpoint random-klein` measures it, and random-klein-nf4 the combinations of saved nf4.
 A picture or video drawn with it is noise, but time and memory are those of the real model: they depend on shapes, not
-on values. The shapes are those of the published configurations (https://huggingface.co/black-forest-labs/FLUX.1-dev
-and https://huggingface.co/Wan-AI/Wan2.1-T2V-14B-Diffusers). Tokenizers and scheduler are the pocket model's.
+on values. The shapes, and what stands in for tokenizers and schedulers, are in benchmarks/families.py.
 
 Each weight is made and, for nf4, quantized on the accelerator, one at a time: any card can do it, and the host holds
 one file of at most 10 GB. The nf4 checkpoint needs no bf16 one.
@@ -23,105 +31,20 @@ import torch
 import transformers
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
-from diffusers import AutoencoderKL, AutoencoderKLWan, FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
-from transformers import CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from benchmarks.families import FAMILIES, Family, qwen_tokenizer
 from helpers import checkpoints, checks, devices, files
 from helpers.errors import TutorialError
 
-# The encoders of T5 XXL and UMT5 XXL differ in their vocabulary, and UMT5 has a position bias in each layer.
-T5_XXL = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
-
-# Each model's components that have weights: name to class and configuration.
-COMPONENTS = {
-    "flux": {
-        "transformer": (
-            FluxTransformer2DModel,
-            {
-                "num_layers": 19,
-                "num_single_layers": 38,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-            },
-        ),
-        "text_encoder_2": (T5EncoderModel, {"vocab_size": 32128, **T5_XXL}),
-        "text_encoder": (
-            CLIPTextModel,
-            {
-                "vocab_size": 49408,
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "projection_dim": 768,
-                # Those of the pocket model's tokenizer.
-                "pad_token_id": 0,
-                "eos_token_id": 1,
-                "bos_token_id": 2,
-            },
-        ),
-        "vae": (
-            AutoencoderKL,
-            {
-                "down_block_types": ("DownEncoderBlock2D",) * 4,
-                "up_block_types": ("UpDecoderBlock2D",) * 4,
-                "block_out_channels": (128, 256, 512, 512),
-                "layers_per_block": 2,
-                "latent_channels": 16,
-                "sample_size": 1024,
-                "use_quant_conv": False,
-                "use_post_quant_conv": False,
-                "scaling_factor": 0.3611,
-                "shift_factor": 0.1159,
-            },
-        ),
-    },
-    "wan": {
-        "transformer": (
-            WanTransformer3DModel,
-            {
-                "patch_size": (1, 2, 2),
-                "num_attention_heads": 40,
-                "attention_head_dim": 128,
-                "in_channels": 16,
-                "out_channels": 16,
-                "text_dim": 4096,
-                "freq_dim": 256,
-                "ffn_dim": 13824,
-                "num_layers": 40,
-                "cross_attn_norm": True,
-                "qk_norm": "rms_norm_across_heads",
-                "eps": 1e-6,
-            },
-        ),
-        "text_encoder": (UMT5EncoderModel, {"vocab_size": 256384, **T5_XXL}),
-        "vae": (AutoencoderKLWan, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}),
-    },
-}
-
-QUANTIZED = {"flux": ("transformer", "text_encoder_2"), "wan": ("transformer", "text_encoder")}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 
-# The largest file of weights, in bytes, as published: it decides how much host memory loading takes.
+# The largest file of weights, in bytes, as most are published: it decides how much host memory loading takes.
 FILE_SIZE = 5e9
-FILE_SIZES = {("flux", "transformer"): 10e9}
 NF4_FILE_SIZE = 1e9  # as programs/save_nf4.py writes them
 
 
@@ -130,11 +53,11 @@ def create(model: str, name: str, nf4: bool = False) -> torch.nn.Module:
 
     The libraries' own quantizers choose the layers, so that they are those of quantizing at load.
     """
-    component, config = COMPONENTS[model][name]
+    component, config = FAMILIES[model].components[name]
     from_transformers = issubclass(component, transformers.PreTrainedModel)
     with torch.device("meta"):
         module = component(component.config_class(**config)) if from_transformers else component(**config)
-    if nf4 and name in QUANTIZED[model]:
+    if nf4 and name in FAMILIES[model].quantized:
         if from_transformers:
             quantization = transformers.BitsAndBytesConfig(**NF4)
             AutoHfQuantizer.from_config(quantization, pre_quantized=False).preprocess_model(module, device_map=None)
@@ -150,27 +73,39 @@ def create(model: str, name: str, nf4: bool = False) -> torch.nn.Module:
 
 def count_parameters(model: str) -> dict[str, int]:
     """Number of parameters of each component."""
-    return {name: sum(part.numel() for part in create(model, name).parameters()) for name in COMPONENTS[model]}
+    components = FAMILIES[model].components
+    return {name: sum(part.numel() for part in create(model, name).parameters()) for name in components}
 
 
-def stored_bytes(parameter: torch.nn.Parameter) -> int:
-    """Bytes of a parameter of a component on the meta device, once it is written. Small tables are left out."""
+def stored_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a component: its parameters and, of FLUX.2's VAE, the statistics of a norm.
+
+    A parameter that stands in two places, such as T5's embedding, comes once.
+    """
+    everywhere = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    statistics = {name: tensor for name, tensor in module.state_dict().items() if name not in everywhere}
+    return dict(module.named_parameters()) | statistics
+
+
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of a tensor of a component on the meta device, once it is written. Small tables are left out."""
     if isinstance(parameter, Params4bit):
         return parameter.numel() // 2 + 4 * -(-parameter.numel() // parameter.blocksize)
     return 2 * parameter.numel()
 
 
-def random_tensor(name: str, parameter: torch.nn.Parameter, generator: torch.Generator) -> torch.Tensor:
+def random_tensor(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random bf16 values for a parameter, on the generator's device; norms start as ones, biases as zeros."""
-    tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=generator.device)
+    dtype = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype  # a norm counts its batches
+    tensor = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
     if name.endswith("gamma"):  # the norms of Wan's VAE, which have more than one dimension
         return tensor.fill_(1.0)
     if parameter.dim() > 1:
         return tensor.normal_(0, 0.02, generator=generator)
-    return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+    return tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)
 
 
-def make_tensors(name: str, parameter: torch.nn.Parameter, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def make_tensors(name: str, parameter: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of one parameter, in host memory: one tensor, or the four of an nf4 weight."""
     tensor = random_tensor(name, parameter, generator)
     if not isinstance(parameter, Params4bit):
@@ -195,7 +130,7 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor], bar: tqdm) -> None:
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
+        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}[tensor.dtype]
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
@@ -214,7 +149,9 @@ def write_component(module: torch.nn.Module, folder: Path, file_size: float, bar
     """
     folder.mkdir()
     if isinstance(module, transformers.PreTrainedModel):
-        module.config.architectures, module.config.dtype = [type(module).__name__], "bfloat16"
+        module.config.architectures = [type(module).__name__]
+        for config in (module.config, *(getattr(module.config, name) for name in module.config.sub_configs)):
+            config.dtype = "bfloat16"
         module.config.save_pretrained(folder)
         stem = "model"
     else:
@@ -222,7 +159,7 @@ def write_component(module: torch.nn.Module, folder: Path, file_size: float, bar
         stem = "diffusion_pytorch_model"
 
     device = devices.accelerator()
-    parameters = dict(module.named_parameters())  # a weight that stands in two places (T5's embedding) comes once
+    parameters = stored_tensors(module)
     largest = max(2 * parameter.numel() for parameter in parameters.values())
     if device.type != "cpu" and 3 * largest > torch.accelerator.get_memory_info()[0]:
         device = torch.device("cpu")  # slower, and the card need not hold it
@@ -258,39 +195,60 @@ def write_component(module: torch.nn.Module, folder: Path, file_size: float, bar
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def write_small_parts(family: Family, pocket: Path | None, folder: Path) -> None:
+    """Writes the index, the tokenizers and the scheduler: those of the pocket model, or of the entry."""
+    index = {"_class_name": family.pipeline, "_diffusers_version": diffusers.__version__}
+    if pocket:
+        index = json.loads((pocket / "model_index.json").read_text(encoding="utf-8"))
+        for name in index:
+            if name not in family.components and (pocket / name).is_dir():
+                (folder / name).mkdir()
+                for file in (pocket / name).iterdir():  # copytree would wrap the error of a full disk
+                    shutil.copy(file, folder / name)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(**family.scheduler)
+        for name, part in {"scheduler": scheduler, "tokenizer": qwen_tokenizer()}.items():
+            part.save_pretrained(folder / name)
+            index[name] = class_entry(type(part))
+    index |= {name: class_entry(component) for name, (component, _) in family.components.items()} | family.settings
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def class_entry(component: type) -> list[str]:
+    """Library and name of a class, as an index has them."""
+    return [component.__module__.split(".")[0], component.__name__]
+
+
 def write_checkpoint(model: str, nf4: bool, folder: Path) -> None:
     """Writes all of a checkpoint into the new folder `folder`.
 
     Raises:
         TutorialError: the disk has too little room, or the pocket model is missing.
     """
-    pocket = Path(checkpoints.PACKAGE_ROOT, "checkpoints", f"pocket-{model}")
-    if not (pocket / "model_index.json").is_file():
+    family = FAMILIES[model]
+    pocket = Path(checkpoints.PACKAGE_ROOT, "checkpoints", f"pocket-{family.pocket}") if family.pocket else None
+    if pocket and not (pocket / "model_index.json").is_file():
         raise TutorialError(
-            f"The tokenizer and the scheduler are those of checkpoints/pocket-{model}, which is missing: restore it "
-            f"with `git checkout -- checkpoints/pocket-{model}`."
+            f"The tokenizer and the scheduler are those of checkpoints/{pocket.name}, which is missing: restore it "
+            f"with `git checkout -- checkpoints/{pocket.name}`."
         )
-    modules = {name: create(model, name, nf4) for name in COMPONENTS[model]}
-    total = sum(stored_bytes(parameter) for module in modules.values() for parameter in module.parameters())
+    modules = {name: create(model, name, nf4) for name in family.components}
+    total = sum(stored_bytes(tensor) for module in modules.values() for tensor in stored_tensors(module).values())
     files.check_space(folder.parent, total + 1e9, "The random checkpoint", checkpoints.OTHER_CACHE)
     print(f"Writing {folder.stem}, {files.size(total)}, into {folder.parent}.", flush=True)
 
     folder.mkdir()
-    shutil.copy(pocket / "model_index.json", folder)
-    for name in json.loads((pocket / "model_index.json").read_text(encoding="utf-8")):
-        if name not in modules and (pocket / name).is_dir():
-            (folder / name).mkdir()
-            for file in (pocket / name).iterdir():  # copytree would wrap the error of a full disk
-                shutil.copy(file, folder / name)
+    write_small_parts(family, pocket, folder)
     with tqdm(total=total, unit="B", unit_scale=True) as bar:
         for name, module in modules.items():
             bar.set_description(name)
-            file_size = NF4_FILE_SIZE if nf4 else FILE_SIZES.get((model, name), FILE_SIZE)
-            write_component(module, folder / name, file_size, bar)
+            file_size = NF4_FILE_SIZE if nf4 else family.file_sizes.get(name, FILE_SIZE)
+            # Of two experts, the second has other weights: were they swapped, the picture would show it.
+            write_component(module, folder / name, file_size, bar, seed=int(name == "transformer_2"))
 
 
 def build(model: str, nf4: bool = False) -> Path:
-    """Folder of the random checkpoint of `model` ("flux" or "wan"), built first if it is missing or incomplete.
+    """Folder of the random checkpoint of `model`, a name in `FAMILIES`, built first if it is missing or incomplete.
 
     It is written into a folder beside it, which is renamed at the end: an interrupted build is never taken for a whole
     one, and the next one removes what it left.
@@ -329,7 +287,7 @@ def _is_complete(folder: Path) -> bool:
 def main() -> None:
     """Builds the checkpoint that is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=list(COMPONENTS))
+    parser.add_argument("model", choices=list(FAMILIES))
     parser.add_argument("--nf4", action="store_true", help="as nf4 instead of bf16, in a folder of its own")
     arguments = parser.parse_args()
     try:

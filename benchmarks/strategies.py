@@ -342,7 +342,7 @@ COMBINATIONS = (
     "recipe 2",
     "recipe 3",
 )
-# Settings of group offload, measured when they are asked for by name, as other streamed combinations are.
+# Settings of group offload, measured when they are asked for by name, as other combinations are.
 VARIANTS = (
     "saved nf4, leaf group offload with record_stream, eager",
     "saved nf4, block group offload without record_stream, compiled inside",
@@ -353,6 +353,13 @@ VARIANTS = (
 def is_streamed(name: str) -> bool:
     """Whether this names a streamed combination, of whichever limit."""
     return re.fullmatch(rf"({'|'.join(STARTS)}), streamed, {LIMIT}, ({'|'.join(COMPILATIONS)})", name) is not None
+
+
+def is_combination(name: str) -> bool:
+    """Whether this names a start, a placement and a compilation, of which any three make a combination."""
+    start, _, rest = name.partition(", ")
+    placement, _, compilation = rest.rpartition(", ")
+    return (start in STARTS and placement in PLACEMENTS and compilation in COMPILATIONS) or is_streamed(name)
 
 
 def find_placement(placement: str, call: dict[str, Any]) -> Callable[[DiffusionPipeline, Model], None]:

@@ -204,12 +204,13 @@ def residency_timeline(events: Sequence[Residency], title: str = "", unit: str =
     scale = {"GB": 1e9, "MB": 1e6}[unit]
     names = list(dict.fromkeys(event.component for event in events))
     rows = [names.index(event.component) for event in events]
+    colours = {name: _colour(index) for index, name in enumerate(sorted(names))}  # the same whatever the order
     end = max(event.offload_s for event in events)
     # A very short stay is still a visible line.
     lengths = [max(event.offload_s - event.onload_s, end / 400) for event in events]
     with _drawing(figsize=(8, 0.55 * len(names) + 1.3)) as (figure, axes):
         starts = [event.onload_s for event in events]
-        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[_colour(row) for row in rows])
+        bars = axes.barh(rows, lengths, left=starts, height=0.5, color=[colours[event.component] for event in events])
         axes.bar_label(bars, [f"{_short(event.bytes / scale)} {unit}" for event in events], padding=3, fontsize=9)
         _name_rows(axes, names)
         axes.set(xlabel="time since the call began (s)", title=title, xlim=(0, 1.15 * end))  # room for the last label

@@ -46,7 +46,7 @@ def check_fields(file: str, rows: list[dict[str, Any]]) -> list[str]:
         *(
             f"{name}: no such combination"
             for name in names
-            if name not in measured and not OF_LESSONS.fullmatch(name) and not strategies.is_streamed(name)
+            if name not in measured and not OF_LESSONS.fullmatch(name) and not strategies.is_combination(name)
         ),
         *(f"{name}: there twice" for name in set(names) if names.count(name) > 1),
     ]

@@ -1,4 +1,4 @@
-"""The benchmark program, on tiny checkpoints of nine families."""
+"""The benchmark program, on tiny checkpoints of many families."""
 
 import errno
 import json
@@ -26,6 +26,7 @@ from benchmarks import __main__ as program
 from benchmarks import strategies
 from helpers import cpu_backend, devices, models, processes, records
 from helpers.errors import TutorialError
+from helpers.models import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 # denoisers, text encoders, what is quantized
@@ -40,6 +41,7 @@ FOUND = {
     "flux2": ("transformer", "text_encoder", "transformer text_encoder"),
     "lumina2": ("transformer", "text_encoder", "transformer text_encoder"),
     "wan22": ("transformer transformer_2", "text_encoder", "transformer transformer_2 text_encoder"),
+    "z-image": ("transformer", "text_encoder", "transformer text_encoder"),
 }
 
 
@@ -110,8 +112,12 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     strategies.save_nf4(asdict(model), str(tmp_path))
     arguments = asdict(replace(model, saved=str(tmp_path)))
 
+    call = {"prompt": "a lighthouse"} | tiny_pipelines.CALLS[family]
+
     def run(name: str) -> tuple[torch.Tensor, set[str]]:
-        pipeline = strategies.assemble(name, arguments, {"prompt": "a lighthouse"} | tiny_pipelines.CALLS[family])
+        pipeline = strategies.assemble(name, arguments, call)
+        if "streamed" in name and devices.accelerator().type == "cpu":
+            assert tiny_pipelines.streams(pipeline, model.denoisers)
         sizes = devices.component_footprints(pipeline)
         return draw(pipeline, family), {part for part in sizes if "nf4" in sizes[part]}
 
@@ -128,7 +134,8 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
             torch.testing.assert_close(picture, leaves)
         else:  # what is outside of the blocks is no longer nf4 there, and a GPU rounds the two products differently
             assert (picture - leaves).abs().mean() < 0.01
-    torch.testing.assert_close(run("saved nf4, streamed, 2 GB, eager")[0], leaves)
+    limit = tiny_pipelines.tight_limit(strategies.load_saved_nf4(Model(**arguments)), call)
+    torch.testing.assert_close(run(f"saved nf4, streamed, {limit:.9f} GB, eager")[0], leaves)
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only
@@ -284,6 +291,14 @@ def test_streamed_within_any_number_of_gb_that_is_named(checkpoint, started, mon
     call = started.arguments[other]["call"]
     assert (call["height"], call["prompt"]) == (32, program.PROMPT)
     assert "No combination contains streamed, 5.5 GB" in run(monkeypatch, *options, "streamed, 5.5 GB")
+
+
+def test_any_combination_can_be_named(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "saved nf4, resident, eager") == ""
+    assert started.measured == ["save", "saved nf4, resident, eager"]
+    for name in ("saved nf4, residing, eager", "saved nf4, eager", "fp8, resident, eager", "saved nf4, , eager"):
+        assert "No combination contains" in run(monkeypatch, *options, name)
 
 
 def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):

@@ -107,6 +107,14 @@ def test_residency_timeline():
     assert megabytes.texts[0].get_text() == "246 MB"
 
 
+def test_a_component_keeps_its_colour_in_another_order():
+    def colours(events):
+        (axes,) = charts.residency_timeline(events).axes
+        return {event.component: bar.get_facecolor() for event, bar in zip(events, axes.patches, strict=True)}
+
+    assert colours(EVENTS) == colours(EVENTS[::-1]) and len(set(colours(EVENTS).values())) == 3
+
+
 def test_timeline_needs_events():
     with pytest.raises(ValueError, match="needs events"):
         charts.residency_timeline([])

@@ -5,6 +5,7 @@ here needs the network.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,6 +32,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    ModelMixin,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -41,10 +43,15 @@ from diffusers import (
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from helpers import devices
+from helpers.streaming import fill_card
 
 WIDTH = 64  # every inner dimension is a multiple of 64, the nf4 block
 HEAD = 32
@@ -64,6 +71,7 @@ CALLS = {
     "flux2": {"height": 32, "width": 32},
     "lumina2": {"height": 32, "width": 32},
     "wan22": {"height": 32, "width": 32, "num_frames": 5},
+    "z-image": {"height": 32, "width": 32},
 }
 
 
@@ -414,6 +422,25 @@ def wan22() -> WanPipeline:
     )
 
 
+def z_image() -> ZImagePipeline:
+    """Z-Image: refiners of text and of picture, and blocks of both. Its feed-forward layers have 8/3 of the width."""
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(16),
+        text_encoder=transformers.Qwen3Model(decoder(transformers.Qwen3Config)),
+        tokenizer=tokenizer(),
+        transformer=ZImageTransformer2DModel(
+            dim=3 * WIDTH,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=6,
+            n_kv_heads=6,
+            cap_feat_dim=WIDTH,
+            axes_dims=ROPE,
+        ),
+    )
+
+
 FAMILIES = {
     "sd3": sd3,
     "sdxl": sdxl,
@@ -425,6 +452,7 @@ FAMILIES = {
     "flux2": flux2,
     "lumina2": lumina2,
     "wan22": wan22,
+    "z-image": z_image,
 }
 
 
@@ -438,3 +466,23 @@ def save(family: str, folder: Path) -> Path:
     """Writes the checkpoint of a family into `folder`, which is returned."""
     build(family).save_pretrained(folder)
     return folder
+
+
+def tight_limit(pipeline: DiffusionPipeline, call: dict[str, Any]) -> float:
+    """GB that leave little room for blocks of the denoisers, so that most are streamed.
+
+    Two on a GPU, whose pages are larger than tiny models: all of them fit.
+    """
+    if devices.accelerator().type != "cpu":
+        return 2.0
+    filled = fill_card(pipeline, 50, **call)
+    denoisers = [part for part in filled.parts.values() if isinstance(part.model, ModelMixin)]
+    blocks = sum(parcel.bytes for part in denoisers for parcel in part.parcels)
+    filled.remove()
+    return filled.least_gb + 0.05 * blocks / devices.GB
+
+
+def streams(pipeline: DiffusionPipeline, denoisers: tuple[str, ...]) -> bool:
+    """Whether blocks of each of these components are streamed."""
+    handles = [getattr(pipeline, name)._streamed for name in denoisers]
+    return all(any(parcel.host is not None for parcel in handle.parcels) for handle in handles)

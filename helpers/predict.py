@@ -1,0 +1,233 @@
+"""What a call takes, worked out from a model's shape: memory from the tokens, time from operations and copies.
+
+Some factors were fitted to the recorded rows; `FITTED` lists them. `helpers.prediction_errors` sets every
+recorded row beside what is worked out for it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from helpers import records
+from helpers.cards import CARDS, GB, Card
+from helpers.shapes import Part, Shape
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+REPOSITORIES = {"flux": "black-forest-labs/FLUX.1-dev", "wan": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
+
+SAVE = "save_nf4.py --device cuda"
+
+FITTED = {  # each factor, and what it was fitted to
+    "busy": (0.59, "of a card's peak: compiled steps with bf16 weights"),
+    "passes": (150, "more passes over the tokens for each block that is not compiled: eager steps"),
+    "compiled": (2.0, "times tokens x widest layer x 2 bytes, in a compiled step: model offload"),
+    "eager": (3.7, "the same, not compiled"),
+    "picture": (4.8, "times pixels x channels x 2 bytes, to decode a picture: resident FLUX"),
+    "clip": (7.6, "the same for frames that are decoded together: resident Wan"),
+    "tiles": (0.5, "of that, to decode in tiles: lesson 3"),
+    "reserved": (1.2, "bytes reserved for one of workspace: both models on the H100"),
+    "filled": (0.98, "of a limit that fill_card uses, and 1.03 of what it must have: FLUX streamed"),
+    "host": (1.0, "GB of the process without weights: all starts"),
+    "pageable": (5.9, "GB of the host beside the weights in model offload"),
+    "leaf": (1.78, "times the weights in host memory, pinned leaf by leaf"),
+    "block": (2.35, "times the weights in host memory, pinned block by block"),
+    "outside": (0.2, "s of a call outside of the steps, on an H100"),
+    "pixels": (0.075, "s to decode a million pixels, on an H100"),
+    "moved": (0.5, "s for each GB of model offload, there and back from pageable memory"),
+}
+FIT = {name: value for name, (value, _) in FITTED.items()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is drawn."""
+
+    height: int
+    width: int
+    frames: int = 1
+    steps: int = 28
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was worked out; fields as in `Measurement`. `least_gb`: what a call reserves with all blocks streamed."""
+
+    load_peak_gb: float
+    run_peak_gb: float
+    reserved_gb: float
+    host_peak_gb: float
+    step_ms: float
+    latency_s: float
+    least_gb: float = 0.0
+    tiled: bool = False
+
+
+def tokens(shape: Shape, call: Call) -> int:
+    """Tokens of the picture or clip."""
+    frames = (call.frames - 1) // shape.temporal + 1
+    return frames * (call.height // shape.spatial) * (call.width // shape.spatial)
+
+
+def operations(shape: Shape, call: Call) -> float:
+    """Floating-point operations of a step: two for each token and weight, four for each pair of tokens and channel."""
+    total = 2.0 * shape.convolved * tokens(shape, call)
+    for kind in shape.kinds:
+        picture = tokens(shape, call) // 4**kind.level
+        both = picture + shape.text
+        main, pairs = (both if kind.joint and not kind.text else picture), (both if kind.joint else picture) ** 2
+        pairs += 0 if kind.joint else picture * shape.text
+        work = 2 * (kind.used * main + kind.text * shape.text) + 4 * pairs * kind.width
+        total += kind.count * work / shape.denoisers
+    return shape.forwards * total
+
+
+def compute_ms(shape: Shape, card: Card, call: Call, compiled: bool = True) -> float:
+    """Milliseconds of a step that nothing waits for: products, weights read back to bf16, and passes over tokens."""
+    seconds = operations(shape, call) / (FIT["busy"] * card.tflops * 1e12)
+    nf4 = sum(kind.count * kind.nf4 for kind in shape.kinds) / shape.denoisers
+    moved = shape.forwards * nf4 * (0.5 + 2)  # 4 bits are read, two bytes written
+    if not compiled:
+        for kind in shape.kinds:
+            count = tokens(shape, call) // 4**kind.level + kind.joint * shape.text
+            moved += shape.forwards * FIT["passes"] * kind.count / shape.denoisers * count * kind.width * 2
+    return 1e3 * (seconds + moved / (card.memory * GB))
+
+
+def workspace(shape: Shape, call: Call, compiled: bool = True) -> tuple[float, float]:
+    """Bytes allocated beside the weights: in a step, and to decode."""
+    width = max((kind.width for kind in shape.kinds), default=0)
+    count = tokens(shape, call) + any(kind.joint for kind in shape.kinds) * shape.text
+    step = 2 * shape.widest * (FIT["compiled" if compiled else "eager"] * count + width)
+    together = min(call.frames, shape.temporal if shape.in_parts else call.frames)
+    factor = FIT["picture" if call.frames == 1 else "clip"]
+    pixels = call.height * call.width
+    clip = 6.0 * pixels * call.frames if call.frames > 1 else 0  # the frames drawn, in bf16
+    return step, (factor * 2 * pixels * together * shape.vae_channels + clip) * (shape.vae_channels > 0)
+
+
+def read_at_once(shape: Shape) -> float:
+    """Bytes in host memory to quantize: the largest file of a denoiser, or a text encoder as a whole."""
+    return max([shape.largest_file, *(2 * part.nf4 + part.other for part in shape.encoders)])
+
+
+def in_bf16(shape: Shape) -> Shape:
+    """The shape with nothing quantized."""
+
+    def part(old: Part) -> Part:
+        grows = (2 * old.nf4 + old.other) / max(old.bytes, 1)
+        return Part(0, 2 * old.nf4 + old.other, int(grows * old.largest), int(grows * old.in_blocks))
+
+    kinds = [replace(kind, nf4=0, other=kind.other + 2 * kind.nf4) for kind in shape.kinds]
+    rest, encoders = part(shape.rest), [part(encoder) for encoder in shape.encoders]
+    return replace(shape, kinds=kinds, rest=rest, encoders=encoders)
+
+
+def predict(
+    shape: Shape,
+    card: Card,
+    call: Call,
+    placement: str = "streamed",
+    limit_gb: float = 0.0,
+    compiled: bool = True,
+    start: str = "saved nf4",
+    hidden: bool = False,
+) -> Prediction:
+    """What a call takes with its weights placed as in the benchmark; streamed is what `draw.py` does.
+
+    `hidden` says that the copies of group offload run beside the compute.
+    """
+    if start == "bf16":
+        shape = in_bf16(shape)
+    blocks, rest, vae = shape.blocks, shape.rest.bytes, shape.vae.bytes
+    encoders, together = sum(part.bytes for part in shape.encoders), blocks + rest
+    step_space, decode_space = workspace(shape, call, compiled)
+    nf4 = sum(kind.count * kind.nf4 for kind in shape.kinds) + shape.rest.nf4
+    states = (nf4 + sum(part.nf4 for part in shape.encoders)) / 16  # the scales, four bytes for 64 weights
+    quantized = nf4 and shape.weights - vae - sum(part.bytes for part in shape.encoders if not part.nf4)
+    on_load = {"saved nf4": 0.0, "bf16": 0.0, "nf4": quantized}[start]
+    compute = compute_ms(shape, card, call, compiled)
+    copied, tiled, least, streamed_gb = blocks / shape.denoisers, False, 0.0, 0.0
+    # Weights on the card in the steps and while it decodes; in the host at its highest; what a step waits for.
+    host, steps, decoding, step_ms = 0.0, together, vae, compute
+    if placement == "resident":
+        steps = decoding = on_load = shape.weights
+        host = {"saved nf4": shape.largest, "bf16": shape.largest_file, "nf4": read_at_once(shape)}[start]
+        host += GB * FIT["host"]
+    elif placement == "text encoders offloaded":
+        leaving = sum(part.bytes - part.nf4 / 16 for part in shape.encoders)  # all but the scales
+        steps = decoding = on_load = shape.weights - leaving
+        host = shape.largest + FIT["leaf"] * leaving + GB * FIT["host"]
+    elif placement == "model offload":
+        host = shape.weights + GB * FIT["pageable"]
+        host = host if start != "nf4" else shape.weights + shape.largest + GB * FIT["host"]
+    elif placement in ("leaf", "block"):
+        steps = decoding = states + (blocks / max(1, sum(kind.count for kind in shape.kinds)))
+        on_load = max(on_load, states)
+        copying = shape.forwards * copied / card.bus / 1e6
+        host, step_ms = FIT[placement] * shape.weights, max(compute, copying) if hidden else compute + copying
+    elif placement == "streamed":
+        largest = [kind.bytes for kind in shape.kinds] + [part.largest for part in shape.encoders]
+        always = rest + min(2 * max(largest), blocks)
+        encoding = max((part.bytes - part.in_blocks for part in shape.encoders), default=0)
+
+        def at_least(reserved: float) -> float:
+            return 1.03 * (always + max(reserved * step_space, encoding, vae + reserved * decode_space))
+
+        if at_least(FIT["reserved"]) > limit_gb * GB and call.frames > 1:  # a picture is mostly one tile
+            tiled, decode_space = decode_space > 0, FIT["tiles"] * decode_space
+        least = at_least(FIT["reserved"])
+        space = FIT["reserved"] * max(step_space, decode_space)
+        full = shape.weights + space
+        streamed_gb = min(full, FIT["filled"] * limit_gb * GB) / GB
+        stay = max(0.0, min(blocks, limit_gb * GB - least)) if streamed_gb * GB < full else blocks
+        steps = decoding = streamed_gb * GB - space
+        on_load = max(least / 1.03 - (FIT["reserved"] - 1) * max(step_space, decode_space), steps)
+        step_ms = max(compute, shape.forwards * (blocks - stay) / shape.denoisers / card.bus / 1e6)
+        host = shape.weights + shape.largest + GB * FIT["host"]
+    once = max(encoders, 0) if placement == "model offload" else 0
+    reserved = max(steps + FIT["reserved"] * step_space, decoding + FIT["reserved"] * decode_space, once)
+    slower = CARDS["H100"].tflops / card.tflops
+    drawn = call.height * call.width * call.frames / 1e6 if shape.vae_channels else 0
+    outside = slower * (FIT["outside"] + FIT["pixels"] * drawn)
+    outside += FIT["moved"] * shape.weights / GB if placement == "model offload" else 0
+    outside += encoders / card.bus / GB if placement == "streamed" else 0
+    return Prediction(
+        load_peak_gb=on_load / GB,
+        run_peak_gb=max(steps + step_space, decoding + decode_space, once) / GB,
+        reserved_gb=streamed_gb or reserved / GB,
+        host_peak_gb=host / GB,
+        step_ms=step_ms,
+        latency_s=call.steps * step_ms / 1e3 + outside,
+        least_gb=least / GB,
+        tiled=tiled,
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was measured: rows of the model that is asked for, and a run of `save_nf4.py` with the GB that it read."""
+
+    rows: Sequence[records.Measurement] = ()
+    save: dict[str, Any] | None = None
+    save_gb: float = 0.0
+    save_is_of_model: bool = False
+
+
+def load_recorded(model: str, shapes: dict[str, Shape], folder: Path = RESULTS) -> Recorded:
+    """The recorded rows of a repository id, of full size; and the last run of `save_nf4.py`."""
+    rows, save = [], None
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, list) or not content:
+            continue
+        if file.name.startswith("limits_"):
+            save = next((row for row in content if row.get("program") == SAVE and row.get("call_s")), save)
+        elif "name" in content[0]:
+            measured = records.load_measurements(file)
+            rows += [
+                row for row in measured if REPOSITORIES.get(row.model) == model and row.checkpoint_size != "pocket"
+            ]
+    of = REPOSITORIES.get(save["model"], "") if save else ""
+    return Recorded(rows, save, shapes[of].stored / GB if of else 0.0, of == model)

@@ -1,0 +1,349 @@
+"""What `helpers.plan` says: shapes from headers, figures against recorded rows, and what to type.
+
+`python tests/test_plan.py` writes helpers/known_shapes.json anew.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import draw
+import pytest
+import save_nf4
+from bitsandbytes.nn import Params4bit
+from diffusers import ModelMixin
+
+from benchmarks import random_checkpoints
+from benchmarks.families import FAMILIES
+from helpers import checks, headers, models, plan, predict, prediction_errors, shapes
+from helpers.cards import CARDS, find_card
+from helpers.errors import TutorialError
+from helpers.predict import REPOSITORIES, Call
+from helpers.records import Measurement
+
+ROOT = Path(__file__).resolve().parent.parent
+FLUX, WAN = (REPOSITORIES[model] for model in ("flux", "wan"))
+KNOWN = shapes.known_shapes()
+
+
+def shape_from_configurations(model):
+    """The shape of a full-size model, from its published configurations on the meta device."""
+    parts = {name: random_checkpoints.create(model, name) for name in FAMILIES[model].components}
+    folder = ROOT / "checkpoints" / f"pocket-{model}"
+    files = {"model_index.json": json.loads((folder / "model_index.json").read_text())}
+    for name, part in parts.items():
+        config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+        files[f"{name}/config.json"] = config | {"_class_name": type(part).__name__}
+    found = {name: {key: tuple(w.shape) for key, w in part.named_parameters()} for name, part in parts.items()}
+    largest = int(FAMILIES[model].file_sizes.get("transformer", random_checkpoints.FILE_SIZE))
+    return headers.shape_of(models.find_model(str(folder)), found, largest, files.__getitem__)
+
+
+@pytest.mark.parametrize("model", REPOSITORIES)
+def test_known_shapes_are_those_of_the_configurations(model):
+    assert shape_from_configurations(model) == KNOWN[REPOSITORIES[model]], "Renew them: python tests/test_plan.py"
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_what_becomes_nf4_is_what_bitsandbytes_quantizes(model):
+    for name in FAMILIES[model].quantized:
+        part = random_checkpoints.create(model, name, nf4=True)
+        weights = [weight for weight in part.parameters() if isinstance(weight, Params4bit)]
+        tensors = {
+            key: tuple(weight.shape) for key, weight in random_checkpoints.create(model, name).named_parameters()
+        }
+        kept = (getattr(part, "_keep_in_fp32_modules", None) or ()) if isinstance(part, ModelMixin) else ()
+        assert headers._sizes(tensors, True, kept)[0] == sum(weight.numel() for weight in weights), name
+
+
+@pytest.mark.parametrize("model", REPOSITORIES)
+def test_a_folder_and_its_nf4_weights_have_the_same_shape(model, tmp_path, capsys):
+    folder, out = ROOT / "checkpoints" / f"pocket-{model}", tmp_path / "nf4"
+    save_nf4.main([str(folder), str(out), "--device", "cpu"])
+    shape, saved = headers.read_shape(str(folder)), headers.read_shape(str(out))
+    assert not shape.quantized and saved.quantized
+    assert (saved.kinds, saved.rest.nf4, saved.weights) == (shape.kinds, shape.rest.nf4, shape.weights)
+    written = sum(file.stat().st_size for file in out.glob("*/*.safetensors"))
+    assert shape.weights == pytest.approx(written, rel=0.03)  # files have headers and small tables besides
+    footprint = next(
+        row.footprint_gb for row in predict.load_recorded(REPOSITORIES[model], KNOWN).rows if row.name == plan.RESIDENT
+    )
+    assert KNOWN[REPOSITORIES[model]].weights / 1e9 == pytest.approx(footprint, rel=0.01)
+
+
+def test_a_repository_is_read_by_the_headers_of_its_files(monkeypatch):
+    folder = ROOT / "checkpoints" / "pocket-flux"
+    files = [path for path in folder.glob("*/*") if path.is_file()]
+    listed = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+    # A second time in float16, as many have it: it must not count twice.
+    double = [
+        (file.replace(".safetensors", ".fp16.safetensors"), size) for file, size in listed if "transformer/" in file
+    ]
+
+    def header(_, path, file):
+        length = int.from_bytes((folder / file.replace(".fp16", "")).read_bytes()[:8], "little")
+        text = (folder / file.replace(".fp16", "")).read_bytes()[8 : 8 + length]
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        return SimpleNamespace(tensors={name: SimpleNamespace(shape=entry["shape"]) for name, entry in entries.items()})
+
+    monkeypatch.setattr(headers.checks, "hub_files", lambda path: listed + double)
+    monkeypatch.setattr(models, "_read_json", lambda path, file: json.loads((folder / file).read_text()))
+    monkeypatch.setattr(headers, "HfApi", type("Hub", (), {"parse_safetensors_file_metadata": header}))
+    assert headers.read_shape("owner/name") == headers.read_shape(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("no-folder", "There is no folder"), ("owner/name", "the Hub cannot be reached")]
+)
+def test_what_cannot_be_read_is_one_sentence(path, message, monkeypatch):
+    def offline(path):
+        raise ConnectionError
+
+    monkeypatch.setattr(checks, "hub_files", offline)
+    with pytest.raises(TutorialError, match=message) as error:
+        headers.read_shape(path)
+    assert str(error.value).count(". ") == 0
+
+
+def test_a_unet_is_read_by_its_levels():
+    tensors = {
+        "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (640, 640),
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+    }
+    (kind,), outside = headers._kinds(tensors)
+    assert (kind.count, kind.level, kind.used, kind.text, kind.joint) == (3, 1, 640 * 640, 640 * 2048, False)
+    assert list(outside) == ["down_blocks.0.resnets.0.conv1.weight"]
+
+
+KL = {"block_out_channels": [1] * 4, "latent_channels": 16}
+WAN_VAE = {"dim_mult": [1] * 4, "z_dim": 16, "temperal_downsample": [False, True, True]}
+LTX_VAE = {"patch_size": 4, "spatio_temporal_scaling": [True, True, True, False], "latent_channels": 128}
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "vae", "expected"),
+    [
+        ({"patch_size": 1, "in_channels": 64}, KL, (16, 1)),
+        ({"patch_size": 2, "in_channels": 16}, KL, (16, 1)),
+        ({"patch_size": [1, 2, 2], "in_channels": 16}, WAN_VAE, (16, 4)),
+        ({"in_channels": 128}, LTX_VAE, (32, 8)),
+        ({"all_patch_size": [2], "in_channels": 16}, KL, (16, 1)),
+        ({"patch_size": 1, "in_channels": 32}, {"encoder_block_out_channels": [1] * 6, "latent_channels": 32}, (32, 1)),
+    ],
+    ids=["FLUX", "SD3", "Wan", "LTX", "Z-Image", "Sana"],
+)
+def test_pixels_and_frames_of_a_token(denoiser, vae, expected):
+    assert headers._compression(denoiser, vae)[:2] == expected
+
+
+def test_operations_are_those_of_lesson_3():
+    tokens = 64 * 64 + 512
+    # 57 blocks of 12 matrices on each token, and attention
+    expected = 57 * (2 * tokens * 12 * 3072**2 + 4 * tokens**2 * 3072)
+    assert predict.operations(KNOWN[FLUX], Call(1024, 1024)) == pytest.approx(expected, rel=0.001)
+    tokens = 21 * 30 * 52
+    block = 2 * tokens * (6 * 5120**2 + 2 * 5120 * 13824) + 4 * tokens**2 * 5120
+    assert predict.operations(KNOWN[WAN], Call(480, 832, 81)) == pytest.approx(2 * 40 * block, rel=0.01)
+
+
+def test_errors_against_every_recorded_row():
+    found = prediction_errors.errors()
+    assert len(found) > 300 and {error["figure"] for error in found} >= {"reserved_gb", "host_peak_gb", "step_ms"}
+    # The way that the plan names: all of its figures are as near as they should be.
+    assert [error for error in found if "streamed" in error["name"] and not error["hit"]] == []
+    cited = [error for error in found if "cited" in error["file"]]  # another card than the factors were fitted to
+    assert len(cited) == 3 and all(error["hit"] for error in cited)
+    for memory in (True, False):
+        part = [error["hit"] for error in found if error["figure"].endswith("_gb") == memory]
+        assert sum(part) / len(part) >= 0.9
+    text = prediction_errors.describe_errors()
+    assert text.count("recorded, ") == sum(not error["hit"] for error in found)
+
+
+def fit_without(model, monkeypatch):
+    """Fit all factors but those of decoding to the rows of the other model, each in turn."""
+    decoding = ("picture", "clip", "tiles")
+
+    def off():
+        found = prediction_errors.errors(models={*REPOSITORIES} - {model})
+        return sum(min(abs(error["off"]), 0.5) for error in found if "cited" not in error["file"])
+
+    for name, value in [(name, value) for name, value in predict.FIT.items() if name not in decoding]:
+        tried = {}
+        for factor in (0.7, 0.85, 1.0, 1.2, 1.4):
+            monkeypatch.setitem(predict.FIT, name, factor * value)
+            tried[factor] = off()
+        monkeypatch.setitem(predict.FIT, name, min(tried, key=tried.get) * value)
+
+
+@pytest.mark.parametrize("model", REPOSITORIES)
+def test_factors_of_one_model_meet_the_other(model, monkeypatch):
+    fit_without(model, monkeypatch)
+    found = [error for error in prediction_errors.errors(models={model}) if "streamed" in error["name"]]
+    assert found and all(error["hit"] for error in found), "CAVEATS of helpers/prediction_errors.py says so"
+
+
+@pytest.mark.parametrize(
+    ("model", "factor", "other", "ratio"), [("flux", "picture", "clip", 1.5), ("wan", "clip", "picture", 2 / 3)]
+)
+def test_what_decoding_takes_rests_on_one_model_a_factor(model, factor, other, ratio, monkeypatch):
+    shape = KNOWN[REPOSITORIES[model]]
+    call = Call(*(shape.call[key] for key in ("height", "width", "frames", "steps")))
+    least = [predict.predict(shape, CARDS["H100"], call, limit_gb=30).least_gb]
+    monkeypatch.setitem(predict.FIT, factor, predict.FIT[other])
+    least.append(predict.predict(shape, CARDS["H100"], call, limit_gb=30).least_gb)
+    assert least[1] / least[0] == pytest.approx(ratio, rel=0.05), "CAVEATS of helpers/prediction_errors.py says so"
+
+
+def request(model=FLUX, card_gb=12, ram_gb=32, gpu="RTX 4070", **changes):
+    return plan.Request(model, card_gb, ram_gb, gpu, **changes)
+
+
+def row(limit, **changes):
+    values = {"device": "NVIDIA H100 80GB HBM3", "model": "flux", "height": 1024, "width": 1024, "steps": 28}
+    values |= {"reserved_gb": limit - 0.1, "host_peak_gb": 19.0, "step_ms": 140.0, "latency_s": 4.4, "load_s": 50.0}
+    return Measurement(f"saved nf4, streamed, {limit} GB, regional compile", **values | changes)
+
+
+RECORDED = predict.Recorded(
+    [row(5), row(7), row(11)],
+    {"reserved_gb": 6.8, "host_peak_gb": 11.1, "call_s": 17.0, "device": "NVIDIA H100"},
+    34.0,
+    True,
+)
+
+
+@pytest.mark.parametrize(("card_gb", "limit"), [(6, 5), (8, 7), (10, 7), (12, 11), (24, 11)])
+def test_the_row_of_the_limit_or_the_next_lower_is_used(card_gb, limit):
+    made = plan.recommend(request(card_gb=card_gb), KNOWN[FLUX], RECORDED)
+    assert f"--memory-gb {limit}" in made.lines[-1] and made.problem == ""
+    memory = made.figures["memory of the card"]
+    assert memory == plan.Figure(f"{limit - 0.1:.1f} GB reserved", f"row of {limit} GB, H100")
+    assert made.figures["host memory"].text == "19.0 GB"
+
+
+def test_a_row_of_the_same_card_is_not_carried_over():
+    made = plan.recommend(request(gpu="H100", steps=1000), KNOWN[FLUX], RECORDED)
+    assert made.lines[-1].endswith("--steps 1000 --compile")  # which pays for so many
+    assert made.figures["a step"] == plan.Figure("140 ms", "row of 11 GB, H100")
+
+
+def test_another_card_is_carried_over_by_compute_and_bus():
+    here = plan.recommend(request(gpu="H100", steps=1000), KNOWN[FLUX], RECORDED)
+    half = plan.recommend(request(gpu="494.5/1675/25", steps=1000), KNOWN[FLUX], RECORDED)
+    assert (here.figures["a step"].text, half.figures["a step"].text) == ("140 ms", "280 ms")
+    assert "carried over: 494.5 Tflop/s and 25 GB/s" in half.figures["a step"].reason
+    slow = plan.recommend(request(card_gb=6, gpu="989/3350/5", steps=1000), KNOWN[FLUX], RECORDED)
+    assert float(slow.figures["a step"].text.split()[0]) > 1  # 6 GB at 5 GB/s
+
+
+def test_more_memory_than_the_row_is_given_where_it_makes_a_step_faster():
+    made = plan.recommend(request(card_gb=12, gpu="989/3350/5"), KNOWN[FLUX], predict.Recorded([row(5)]))
+    assert "--memory-gb 11" in made.lines[-1]
+    assert made.figures["memory of the card"].reason.startswith("worked out")
+
+
+def test_without_rows_all_is_worked_out_and_says_so():
+    made = plan.recommend(request(height=512, width=512), KNOWN[FLUX], RECORDED)  # no row has this size
+    assert made.lines[-1].endswith("--memory-gb 11 --height 512 --width 512")
+    for what in ("memory of the card", "host memory", "a step"):
+        assert made.figures[what].reason.startswith("worked out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"card_gb": 4}, "With every block streamed a call takes 3.8 GB, and this card leaves 3.0: draw smaller"),
+        ({"ram_gb": 16}, "It takes 19.0 GB of host memory, and 16 GB leave 14.5"),
+    ],
+)
+def test_what_does_not_fit_is_said(changes, problem):
+    made = plan.recommend(request(**changes), KNOWN[FLUX], RECORDED)
+    assert made.problem.startswith(problem)
+    assert bool(made.lines) == ("ram_gb" in changes)
+
+
+def test_a_card_too_small_for_the_largest_part_quantizes_on_the_cpu():
+    made = plan.recommend(request(card_gb=6), KNOWN[FLUX], RECORDED)
+    assert made.lines[0].endswith("--device cpu") and made.figures["to save: memory of the card"].text == "none"
+    assert made.figures["to save: time"].text == "8.2 minutes"
+
+
+def test_nf4_weights_are_not_saved_again():
+    saved = dataclasses.replace(KNOWN[FLUX], quantized=True)
+    made = plan.recommend(request(model="my nf4"), saved, RECORDED)
+    assert made.lines == ["python programs/draw.py 'my nf4' \"a prompt\" --memory-gb 11"]
+    assert not any(name.startswith("to save") for name in made.figures)
+
+
+def test_a_clip_too_large_to_decode_whole_is_decoded_in_tiles():
+    made = plan.recommend(request(model=WAN, card_gb=6), KNOWN[WAN], predict.Recorded())
+    assert made.figures["decoding"].text == "in tiles" and "a clip of 81 frames" in made.figures
+
+
+def test_the_lines_are_those_of_the_programs(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(draw, "draw", lambda args: taken.append(args) or "drawn")
+    monkeypatch.setattr(
+        save_nf4, "find_source", lambda model: taken.append(model) or (_ for _ in ()).throw(TutorialError(""))
+    )
+    made = plan.recommend(request(card_gb=6, height=768, steps=40), KNOWN[FLUX], RECORDED)
+    for line, program in zip(made.lines, (save_nf4, draw), strict=True):
+        python, file, *arguments = shlex.split(line)
+        assert python == "python" and Path(program.__file__) == ROOT / file
+        try:
+            program.main(arguments)
+        except SystemExit as error:
+            assert error.code == ""
+    assert taken[0] == FLUX and vars(taken[1]).items() >= {"height": 768, "steps": 40, "memory_gb": 5.0}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("NVIDIA GeForce RTX 4090", "RTX 4090"), ("4060", "RTX 4060"), ("rtx-4060-ti", "RTX 4060 Ti"),
+     ("NVIDIA GeForce RTX 4060 Ti 16GB", "RTX 4060 Ti"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")],
+)  # fmt: skip
+def test_cards_are_found_however_they_are_written(name, card):
+    assert find_card(name) == (card, CARDS[card])
+
+
+def test_a_slower_relative_is_another_card():
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "RTX 4070 Ti"):
+        with pytest.raises(TutorialError, match="name one that is like it"):
+            find_card(name)
+
+
+def test_the_command(capsys):
+    plan.main([FLUX, "--card", "12", "--ram", "32"])
+    printed = capsys.readouterr().out
+    assert "python programs/save_nf4.py black-forest-labs/FLUX.1-dev nf4-flux.1-dev\n" in printed
+    assert "RTX 4070" in printed and re.search(r"memory of the card +10\.\d GB reserved +row of 11 GB, H100", printed)
+    plan.main(["--check"])
+    assert "within 25%. Misses:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], [FLUX, "--card", "0"], [FLUX, "--card", "12", "--gpu", "Voodoo"]])
+def test_a_wrong_command_says_what_is_wrong(arguments, monkeypatch):
+    monkeypatch.setattr(plan, "this_card", lambda: None)
+    with pytest.raises(SystemExit) as error:
+        plan.main(arguments)
+    assert error.value.code == 2 or "name one that is like it" in error.value.code
+
+
+def test_a_folder_of_the_same_shape_has_the_rows_of_the_model(monkeypatch):
+    monkeypatch.setattr(plan, "read_shape", lambda path: dataclasses.replace(KNOWN[FLUX], quantized=True))
+    made = plan.find_plan(request(model="nf4-flux"))
+    assert made.figures["memory of the card"].reason == "row of 11 GB, H100"
+
+
+if __name__ == "__main__":
+    known = {name: dataclasses.asdict(shape_from_configurations(model)) for model, name in REPOSITORIES.items()}
+    shapes.KNOWN.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
