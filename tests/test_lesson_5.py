@@ -1,6 +1,6 @@
 """Lesson 5: its exercises tell right answers from wrong ones, what it works out is right, and its symptoms are real.
 
-What the tests of lessons 1 to 3 provoke already (a LoRA without peft, fused or saved; `from_pipe` without a dtype;
+What the tests of lessons 1 to 3 provoke already (a LoRA fused or saved; `from_pipe` without a dtype;
 model offload after Ctrl-C; a cache with image to image; two requests) is only looked up here, in the lesson's table.
 """
 
@@ -235,7 +235,6 @@ def test_two_techniques(pipeline, lesson):
 @pytest.mark.parametrize(
     ("message", "test"),
     [
-        ("PEFT backend is required for this method.", "test_lesson_1.py"),
         ("Cannot copy out of meta tensor; no data!", "test_lesson_1.py"),
         ("Input type (c10::BFloat16) and bias type (float) should be the same", "test_lesson_1.py"),
         ("No cache context is set", "test_lesson_3.py"),
