@@ -150,6 +150,14 @@ def test_what_the_lesson_says_of_klein(lesson):
     assert f"{billions:.1f} billion weights, comes to {nf4_gb:.1f} GB in the same way; {table:.1f} of them" in TEXT
 
 
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_what_is_expected_of_flux_is_what_is_written(component, lesson):
+    """T5 too, whose `wo` stays as it is."""
+    shapes = lesson["read_shapes"](lesson["checkpoint"].path, component)
+    written = models.find_model(str(lesson["work"] / "nf4-flux")).sizes[component]
+    assert lesson["expect"](component, shapes)["MB in nf4"] == pytest.approx(written / 1e6, rel=0.06)
+
+
 def test_the_programs_are_those_of_the_lesson():
     commands = re.findall(r"^python programs/(\w+\.py) (.*)", CELLS["compare-read"] + CELLS["fits"], re.MULTILINE)
     assert [program for program, _ in commands] == ["save_nf4.py", "draw.py"]
