@@ -255,7 +255,7 @@ def test_the_programs(monkeypatch, tmp_path, of_the_guide):
         assert torch._dynamo.config.capture_dynamic_output_shape_ops == of_the_guide
     torch.compiler.reset()
     parts = devices.component_modules(pipeline)
-    assert checks.placement(pipeline, spy) == dict.fromkeys(parts, "on the card")
+    assert checks.left_on_host(pipeline, spy) == set()
     assert checks.unquantized(pipeline.transformer) == []
     assert {name.split(".")[-1] for name in checks.unquantized(pipeline.text_encoder_2)} == {"wo"}
     assert set.union(*map(checks.dtypes, parts.values())) == {torch.bfloat16, torch.uint8}

@@ -512,18 +512,20 @@ def test_a_killed_build_is_noticed_and_redone(cache, monkeypatch):
     ready = cache / "ready.lock"
     write_component = random_checkpoints.write_component
 
-    def stop_at_the_second(module, folder, *arguments):
+    def stop_at_the_second(module, folder, *arguments, **settings):
         if folder.name == "text_encoder_2":
             folder.mkdir()
             ready.touch()
             time.sleep(60)
-        write_component(module, folder, *arguments)
+        write_component(module, folder, *arguments, **settings)
 
     child = os.fork()
     if child == 0:
-        random_checkpoints.write_component = stop_at_the_second
-        build("flux")
-        os._exit(1)
+        try:
+            random_checkpoints.write_component = stop_at_the_second
+            build("flux")
+        finally:  # whatever goes wrong: this process must not go on with the other tests
+            os._exit(1)
     try:
         deadline = time.monotonic() + 30
         while not ready.exists():
