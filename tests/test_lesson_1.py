@@ -3,12 +3,13 @@
 Each symptom is provoked, and its text is the one that the lesson's table has.
 """
 
-import json
 import math
 import os
 import re
+from functools import partial
 from unittest import mock
 
+import lessons
 import pipeline_checks as checks
 import pytest
 import torch
@@ -23,16 +24,9 @@ from torch._dynamo.utils import counters
 from helpers import cpu_backend, devices, quality, records
 from helpers.checkpoints import PACKAGE_ROOT
 
-CELLS = json.loads((PACKAGE_ROOT / "notebooks/01_quantize_and_compile.ipynb").read_text(encoding="utf-8"))["cells"]
-SOURCES = {cell["id"]: "".join(cell["source"]) for cell in CELLS}
+SOURCES = lessons.sources("01_quantize_and_compile")
+symptom = partial(lessons.symptom, SOURCES["cell-65"])
 RESULTS = PACKAGE_ROOT / "benchmarks/results"
-
-
-def symptom(message: str) -> str:
-    """The message, which must be a symptom in the lesson's table, in code."""
-    symptoms = [line.split(" | ")[0] for line in SOURCES["cell-65"].splitlines()]
-    assert any(f"`{message}`" in text for text in symptoms), f"the lesson's table has no {message!r}"
-    return message
 
 
 @pytest.fixture
@@ -231,8 +225,7 @@ def test_cache_artifacts_carry_what_was_compiled(compiling, tmp_path):
 @pytest.mark.parametrize("of_the_guide", [False, True])
 def test_the_programs(monkeypatch, tmp_path, of_the_guide):
     """The lesson's own, and the guide's recipe 1: a block with its first line, and the two that compile."""
-    texts = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
-    code, guide = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    code, guide = [block for text in SOURCES.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     if of_the_guide:
         setting, *compiling = [line for line in guide.splitlines() if line]
         own = "pipeline.transformer.compile_repeated_blocks(fullgraph=True)"

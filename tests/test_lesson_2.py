@@ -2,9 +2,9 @@
 
 import html
 import itertools
-import json
 import re
 
+import lessons
 import pytest
 import torch
 from conftest import draw
@@ -20,8 +20,8 @@ from helpers.residency import record_residency
 from helpers.streaming import stream_blocks
 
 DEVICE = devices.accelerator()
-CELLS = json.loads((PACKAGE_ROOT / "notebooks" / "02_model_cpu_offload.ipynb").read_text(encoding="utf-8"))["cells"]
-TABLE = next("".join(cell["source"]) for cell in CELLS if "When it goes wrong" in "".join(cell["source"]))
+CELLS = lessons.read("02_model_cpu_offload")
+TABLE = next(cell["source"] for cell in CELLS if "When it goes wrong" in cell["source"])
 
 
 def offload(pipeline):
@@ -59,7 +59,7 @@ def lesson(nf4_pipeline, tmp_path):
     with record_residency(pipeline) as offloaded:
         draw(pipeline)
     names = globals() | {"checkpoint": Checkpoint, "saved_then_offload": saved_then_offload, "offloaded": offloaded}
-    sources = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+    sources = [cell["source"] for cell in CELLS if cell["cell_type"] == "code"]
     for source in sources:
         if re.match(r"def check_\w+\(answer", source):
             exec(source, names)
@@ -68,7 +68,7 @@ def lesson(nf4_pipeline, tmp_path):
 
 def solution(number):
     """The code of a solution."""
-    text = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+    text = "\n".join(cell["source"] for cell in CELLS if cell["cell_type"] == "markdown")
     folded = re.findall(r"<details><summary>Solution</summary>\s*(.*?)</details>", text, re.DOTALL)
     return html.unescape(re.search(r"<code>(.*?)</code>", folded[number - 1], re.DOTALL)[1])
 
@@ -84,7 +84,7 @@ def test_first_exercise(lesson):
         draw(pipeline, prompt=["cat", "dog", "face"])
     assert sum(event.moved_bytes for event in batch) / 1e6 == pytest.approx(once)
     one, three = (float(number) for number in re.findall(r"[\d.]+", solution(1)))
-    table = next(cell for cell in CELLS if "largest component" in "".join(cell["source"]))["outputs"]
+    table = next(cell for cell in CELLS if "largest component" in cell["source"])["outputs"]
     shown = re.findall(r"<td>([\d.]+)</td>", "".join(table[-1]["data"]["text/html"]))
     assert (one, three) == pytest.approx((sum(map(float, shown)), 3 * sum(map(float, shown))), rel=0.002)
 
@@ -283,7 +283,7 @@ def test_group_offload_after_model_offload(nf4_pipeline):
 
 
 def test_the_commands_have_these_options():
-    text = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+    text = "\n".join(cell["source"] for cell in CELLS if cell["cell_type"] == "markdown")
     commands = re.findall(r"^python (programs/\w+\.py) (.*)", text, re.MULTILINE)
     assert [program for program, _ in commands] == ["programs/save_nf4.py", "programs/draw.py"]
     for program, arguments in commands:

@@ -5,11 +5,10 @@ CUDA graphs and streams need a GPU: for those the lesson cites measurements and 
 """
 
 import copy
-import html
-import json
 import re
 
 import conftest
+import lessons
 import numpy as np
 import pytest
 import torch
@@ -22,10 +21,7 @@ from helpers.checkpoints import PACKAGE_ROOT
 from helpers.residency import record_residency
 from helpers.streaming import fill_card
 
-CELLS = {
-    cell["id"]: "".join(cell["source"])
-    for cell in json.loads((PACKAGE_ROOT / "notebooks" / "03_group_offload_video.ipynb").read_text("utf-8"))["cells"]
-}
+CELLS = lessons.sources("03_group_offload_video")
 TEXT = " ".join(" ".join(CELLS.values()).split())
 CPU = torch.device("cpu")
 BLOCKS = {"offload_type": "block_level", "num_blocks_per_group": 1}
@@ -69,7 +65,7 @@ def onloads(pipeline, component, **changes):
 
 
 def solution(exercise):
-    return html.unescape(re.search(r"</summary>(.*?)</details>", CELLS[f"solution-{exercise}"], re.DOTALL)[1])
+    return lessons.solution(CELLS[f"solution-{exercise}"])
 
 
 # Exercises

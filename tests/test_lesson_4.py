@@ -2,6 +2,7 @@
 
 import json
 
+import lessons
 import pytest
 
 from helpers import records
@@ -11,8 +12,7 @@ from helpers.checkpoints import PACKAGE_ROOT
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     """The names of the cells that work out a step."""
-    cells = json.loads((PACKAGE_ROOT / "notebooks" / "04_fill_the_card.ipynb").read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    sources = lessons.sources("04_fill_the_card").values()
     chosen = [
         s for s in sources if s.startswith(("copies =", "def simulate", "def that_stay", "def step_with", "answer"))
     ]

@@ -4,11 +4,11 @@ What the tests of lessons 1 to 3 provoke already (a LoRA fused or saved; `from_p
 model offload after Ctrl-C; a cache with image to image; two requests) is only looked up here, in the lesson's table.
 """
 
-import html
 import json
 import re
 from pathlib import Path
 
+import lessons
 import pytest
 import save_nf4
 import torch
@@ -22,10 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from helpers import models, tiny_models
 from helpers.checkpoints import PACKAGE_ROOT
 
-CELLS = {
-    cell["id"]: "".join(cell["source"])
-    for cell in json.loads((PACKAGE_ROOT / "notebooks" / "05_your_own_model.ipynb").read_text("utf-8"))["cells"]
-}
+CELLS = lessons.sources("05_your_own_model")
 TEXT = " ".join(" ".join(CELLS.values()).split())
 
 
@@ -52,14 +49,12 @@ def pipeline(lesson):
 
 
 def solution(cell):
-    return html.unescape(re.search(r"</summary>(.*?)</details>", CELLS[cell], re.DOTALL)[1])
+    return lessons.solution(CELLS[cell])
 
 
 def symptom(message):
     """The message, which must be a symptom in the lesson's table, in code."""
-    symptoms = [line.split(" | ")[0] for line in CELLS["trouble"].splitlines()]
-    assert any(f"`{message}`" in text for text in symptoms), f"the lesson's table has no {message!r}"
-    return re.escape(message)
+    return re.escape(lessons.symptom(CELLS["trouble"], message))
 
 
 # Exercises
