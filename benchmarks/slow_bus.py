@@ -93,6 +93,8 @@ def main() -> None:
         pipeline.to(devices.accelerator())
         pipeline.transformer.compile_repeated_blocks(fullgraph=True)
         rows = measure_steps(pipeline, CALL, args.budgets)
+        where = {**devices.environment(), "date": str(datetime.date.today())}
+        writing.write_json([row | where for row in rows], args.results / f"slow-bus_{slug(where['device'])}.json")
     except torch.OutOfMemoryError:
         sys.exit("The card must hold all weights once: measure on a larger one.")
     except (TutorialError, ValueError, MemoryError) as error:
@@ -101,11 +103,6 @@ def main() -> None:
         sys.exit(f"Stopped by the system ({files.reason(error)}).")
     except KeyboardInterrupt:
         sys.exit("\nStopped: nothing is written.")
-    where = {**devices.environment(), "date": str(datetime.date.today())}
-    try:
-        writing.write_json([row | where for row in rows], args.results / f"slow-bus_{slug(where['device'])}.json")
-    except TutorialError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from helpers.devices import GB
 from helpers.errors import TutorialError
-
-GB = 1e9
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 """
 
 import contextlib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -94,11 +95,14 @@ def latency_memory_chart(
     return figure
 
 
-def reserved_chart(ways: Mapping[str, Measurement]) -> Figure:
-    """A step and a call against the memory reserved, for named ways to place a model on the accelerator.
+def reserved_chart(measurements: Sequence[Measurement]) -> Figure:
+    """A step and a call against the memory reserved, for each way to place saved nf4 weights; other rows are left out.
 
-    Those that are named "streamed, ..." are joined by a line: the more memory they have, the less they copy.
+    A row of the benchmark is named "saved nf4, WAY, COMPILATION". Those that are streamed are joined by a line: the
+    more memory they have, the less they copy.
     """
+    names = [(re.fullmatch("saved nf4, (.*), .*?", row.name), row) for row in measurements]
+    ways = {match[1]: row for match, row in names if match}
     streamed = sorted((row for way, row in ways.items() if "streamed" in way), key=lambda row: row.reserved_gb)
     others = {way: row for way, row in ways.items() if "streamed" not in way}
     with _drawing(1, 2, figsize=(10, 4), sharex=True) as (figure, panels):

@@ -12,10 +12,11 @@ from typing import Any
 
 from helpers import records
 from helpers.cards import CARDS, GB, Card
+from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT
 from helpers.shapes import Part, Shape
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-REPOSITORIES = {"flux": "black-forest-labs/FLUX.1-dev", "wan": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
+RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
+REPOSITORIES = {model: entry.path for (model, size), entry in CHECKPOINTS.items() if size == "full"}
 
 SAVE = "save_nf4.py --device cuda"
 

@@ -176,11 +176,16 @@ def test_activity_lanes():
 
 
 def test_reserved_chart_joins_what_is_streamed():
-    def row(reserved_gb, step_ms, latency_s):
-        return Measurement("a", reserved_gb=reserved_gb, step_ms=step_ms, latency_s=latency_s)
+    def row(name, reserved_gb, step_ms, latency_s):
+        return Measurement(name, reserved_gb=reserved_gb, step_ms=step_ms, latency_s=latency_s)
 
-    ways = {"streamed, 9 GB": row(9, 2, 5), "resident": row(14, 1, 4), "streamed, 5 GB": row(5, 3, 6)}
-    for axes, values in zip(charts.reserved_chart(ways).axes, ((3, 2), (6, 5)), strict=True):
+    rows = [
+        row("saved nf4, streamed, 9 GB, regional compile", 9, 2, 5),
+        row("saved nf4, resident, eager", 14, 1, 4),
+        row("bf16, resident, eager", 30, 1, 4),
+        row("saved nf4, streamed, 5 GB, regional compile", 5, 3, 6),
+    ]
+    for axes, values in zip(charts.reserved_chart(rows).axes, ((3, 2), (6, 5)), strict=True):
         line, point = axes.lines
         assert (tuple(line.get_xdata()), tuple(line.get_ydata()), line.get_label()) == ((5, 9), values, "fill_card")
         assert point.get_label() == "resident" and point.get_xdata() == [14]

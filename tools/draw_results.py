@@ -19,12 +19,8 @@ def digest() -> str:
     return hashlib.sha256(SOURCE.read_bytes() + inspect.getsource(charts.reserved_chart).encode()).hexdigest()
 
 
-def ways() -> dict[str, records.Measurement]:
-    """The rows of saved nf4 weights, named by where the components are."""
-    rows = [row for row in records.load_measurements(SOURCE) if row.name.startswith("saved nf4")]
-    return {row.name.split(", ", 1)[1].rpartition(", ")[0]: row for row in rows}
-
-
 if __name__ == "__main__":
-    charts.reserved_chart(ways()).savefig(CHART, dpi=100, metadata={"Source": digest(), "Software": None})
+    charts.reserved_chart(records.load_measurements(SOURCE)).savefig(
+        CHART, dpi=100, metadata={"Source": digest(), "Software": None}
+    )
     print(CHART)
