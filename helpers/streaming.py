@@ -217,12 +217,15 @@ class Ring:
     @torch.compiler.disable
     def receive(self, guests: list[Parcel]) -> None:
         """Let these parcels come to the card and stay until others are received: those of the last time leave."""
-        if self.peaks is not None:
+        measuring = self.peaks is not None
+        if measuring:
             self.note_peak()
         for parcel in self.guests:
             parcel.leave()
-        if self.stream and (self.guests or guests) and not EXPANDABLE:
+        if self.stream and (measuring or ((self.guests or guests) and not EXPANDABLE)):
             torch.cuda.empty_cache()  # what is cached in pieces would not be used again
+        if measuring:  # from here on, without those that left
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.guests, start = guests, 0
         memory = torch.empty(sum(parcel.bytes for parcel in guests), dtype=torch.uint8, device=self.device)
         for parcel in guests:
@@ -233,8 +236,6 @@ class Ring:
         """Note what was reserved at most while the parcels of the last `receive` were there."""
         peak = torch.cuda.max_memory_reserved(self.device)
         self.peaks[id(self.guests)] = max(peak, self.peaks.get(id(self.guests), 0))
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
 
     def run_ahead(self) -> None:
         """Copy what is expected next, as long as there is room."""
