@@ -24,7 +24,7 @@ from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from PIL import Image
 from test_save_nf4 import with_controlnet
 
-from helpers import models
+from helpers import devices, models
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 
@@ -65,7 +65,7 @@ def refusal(*arguments):
 
 
 def call_plainly(path, **call):
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.bfloat16).to(devices.accelerator())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline("cat", **call, generator=torch.Generator().manual_seed(5))
 

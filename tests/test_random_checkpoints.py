@@ -225,7 +225,7 @@ def load(folder, **changes):
 def draw(model, pipeline):
     # In two steps: of a single one, Qwen-Image's scheduler makes a division by zero.
     arguments = CALLS[model] | {"num_inference_steps": 2, "output_type": "np"}
-    output = pipeline(**arguments, generator=torch.Generator().manual_seed(0))
+    output = pipeline.to(devices.accelerator())(**arguments, generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(output[0][0])
 
 
@@ -510,6 +510,7 @@ def test_bar_moves_inside_a_component(cache, tmp_path):
 
 def test_a_killed_build_is_noticed_and_redone(cache, monkeypatch):
     ready = cache / "ready.lock"
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cpu"))  # a fork cannot use CUDA
     write_component = random_checkpoints.write_component
 
     def stop_at_the_second(module, folder, *arguments, **settings):
