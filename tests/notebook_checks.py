@@ -259,8 +259,15 @@ def check_headings(notebook: NotebookNode) -> list[str]:
 
 
 def check_colours(notebook: NotebookNode) -> list[str]:
-    """No colour is typed: those of helpers.charts are tried for colour-blind readers and for grey print."""
-    problems = []
+    """No colour is typed: those of helpers.charts are tried for colour-blind readers and for grey print.
+
+    And text names what is in a chart by its label, not by a colour in parentheses.
+    """
+    problems = [
+        f"{name(index, cell)} names {colour}, a colour: name the label in the chart."
+        for index, cell in text_cells(notebook)
+        for colour in re.findall(r"\((?:blue|red|yellow|green|orange|purple|black|grey)\)", cell.source)
+    ]
     for index, cell in code_cells(notebook):
         for node in ast.walk(parse(cell.source) or ast.Module([], [])):
             pairs = [(node.arg, node.value)] if isinstance(node, ast.keyword) else []

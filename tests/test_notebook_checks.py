@@ -84,6 +84,7 @@ BREAKS = {
     "headings: none of the first level": lambda n: n.cells[0].update(source="## Title"),
     "colours: of an argument": lambda n: code(n).update(source='plot(color="#00FF00")'),
     "colours: one of several": lambda n: code(n).update(source='plot(colors=["black", "C1"])'),
+    "colours: of a chart in text": lambda n: n.cells[2].update(source="Copies (green) take long."),
     "colours: of a dictionary": lambda n: code(n).update(source='plot(**{"facecolor": "red"})'),
     "lengths: one long cell": lambda n: code(n).update(source="x = 1\n" * 26),
     "lengths: all rather long": lambda n: [cell.update(source="x = 1\n" * 9) for cell in (n.cells[1], n.cells[3])],

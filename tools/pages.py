@@ -52,7 +52,7 @@ def picture_message(notebook: nbformat.NotebookNode, index: int) -> str:
     before = next((text for place, text in reversed(texts.items()) if place < index), "")
     paragraphs = [part for part in before.split("\n\n") if not part.startswith(("#", "|", "<", "-"))]
     text = after if not after.startswith(("#", "<", "|")) else paragraphs[-1] if paragraphs else ""
-    return re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0]
+    return re.sub(":$", ".", re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0])
 
 
 def page_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
