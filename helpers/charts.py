@@ -23,8 +23,8 @@ from helpers.residency import Residency
 
 COLOURS = ("#004488", "#BB5566", "#DDAA33", "#000000")
 LABELS = {
-    "reserved_gb": "highest reserved accelerator memory (GB)",
-    "peak_gb": "highest allocated accelerator memory (GB)",
+    "reserved_gb": "memory reserved (GB)",
+    "peak_gb": "memory allocated (GB)",
     "host_peak_gb": "host memory (GB)",
 }
 STYLE = {"axes.titlelocation": "left", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}

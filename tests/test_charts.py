@@ -158,6 +158,14 @@ def test_bars_show_every_measurement_with_both_peaks():
     assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
 
 
+def test_labels_of_axes_are_whole_beside_long_names():
+    name = "saved nf4, block group offload with the rest on the card, compiled inside"
+    figure = charts.latency_memory_bars([Measurement(name, latency_s=5.2, reserved_gb=7.9)])
+    figure.draw_without_rendering()
+    left, right = (axes.xaxis.label.get_window_extent() for axes in figure.axes)
+    assert not left.overlaps(right) and right.x1 <= figure.bbox.x1
+
+
 def test_bars_on_a_cpu_show_host_memory():
     left, right = charts.latency_memory_bars([Measurement("nf4", latency_s=5.2, host_peak_gb=1.5)]).axes
     assert [bar.get_width() for bar in right.patches] == [1.5]
@@ -173,13 +181,13 @@ def test_charts_show_the_reserved_memory_where_all_have_it_and_say_so():
     (axes,) = charts.latency_memory_chart(rows).axes
     assert [bar.get_width() for bar in right.patches] == [15.0, 8.0]
     assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [8.0, 15.0]
-    assert right.get_xlabel() == axes.get_xlabel() == "highest reserved accelerator memory (GB)"
+    assert right.get_xlabel() == axes.get_xlabel() == "memory reserved (GB)"
     rows[0] = replace(rows[0], reserved_gb=None)  # an older one
     _, right = charts.latency_memory_bars(rows).axes
     (axes,) = charts.latency_memory_chart(rows).axes
     assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
     assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [7.14, 14.05]
-    assert right.get_xlabel() == axes.get_xlabel() == "highest allocated accelerator memory (GB)"
+    assert right.get_xlabel() == axes.get_xlabel() == "memory allocated (GB)"
 
 
 @pytest.mark.parametrize("rows", [[], [Measurement("nf4")]])
