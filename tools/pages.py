@@ -165,7 +165,7 @@ class Sources:
         text = (
             "# Results\n\nWhat the lessons and the README quote, as it was recorded: a section for each file, with what"
             " all its rows share in a sentence, and a table of what differs. Memory is in GB of 1e9 bytes; the"
-            " first lesson says what each column means. Wide tables scroll by themselves.\n"
+            " start page says what each column means. Wide tables scroll by themselves.\n"
         )
         for path in sorted((self.root / RESULTS).glob("*.json")):
             text += f"\n## {path.stem.replace('_', ', ')}\n\n[{path.name}]({self.copy(RESULTS / path.name)})"
