@@ -258,7 +258,10 @@ def compile_inside(pipeline: DiffusionPipeline, model: Model) -> None:
 
 
 def _repeated_blocks(denoiser: torch.nn.Module) -> list[str]:
-    """Classes of the repeated blocks; where diffusers does not name them, those in the denoiser's own lists."""
+    """Classes of the repeated blocks; where diffusers does not name them, those in the denoiser's own lists.
+
+    `helpers.streaming.find_blocks` would add what `_no_split_modules` names: of PixArt PatchEmbed, which is there once.
+    """
     lists = [child for child in denoiser.children() if isinstance(child, torch.nn.ModuleList)]
     blocks = denoiser._repeated_blocks or sorted({type(block).__name__ for blocks in lists for block in blocks})
     if not blocks:

@@ -1,6 +1,7 @@
 """Plots of the lessons. Each plot function returns a closed matplotlib figure: a notebook shows it once.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color/).
+The colours are the high-contrast ones of Paul Tol, which colour-blind readers can tell apart, and which stay apart in
+grey print (https://personal.sron.nl/~pault/). With more things than colours each has its name beside it.
 """
 
 import contextlib
@@ -20,10 +21,10 @@ from helpers.activity import KINDS, Activity
 from helpers.records import Measurement, decimals, value
 from helpers.residency import Residency
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#004488", "#BB5566", "#DDAA33", "#000000")
 LABELS = {
-    "reserved_gb": "highest reserved accelerator memory (GB)",
-    "peak_gb": "highest allocated accelerator memory (GB)",
+    "reserved_gb": "memory reserved (GB)",
+    "peak_gb": "memory allocated (GB)",
     "host_peak_gb": "host memory (GB)",
 }
 STYLE = {"axes.titlelocation": "left", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
@@ -108,7 +109,7 @@ def reserved_chart(measurements: Sequence[Measurement]) -> Figure:
     with _drawing(1, 2, figsize=(10, 4), sharex=True) as (figure, panels):
         for axes, field, label in zip(panels, ("step_ms", "latency_s"), ("step (ms)", "call (s)"), strict=True):
             line = [[getattr(row, name) for row in streamed] for name in ("reserved_gb", field)]
-            axes.plot(*line, "o-", color="black", label="fill_card")
+            axes.plot(*line, "o-", color="black", label="streamed (fill_card)")
             for index, (way, row) in enumerate(others.items()):
                 axes.plot(row.reserved_gb, getattr(row, field), "Dsv^"[index % 4], color=_colour(index), label=way)
             top = max(getattr(row, field) for row in ways.values())

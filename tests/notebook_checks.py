@@ -253,6 +253,34 @@ def check_tags(notebook: NotebookNode) -> list[str]:
     return problems
 
 
+def check_headings(notebook: NotebookNode) -> list[str]:
+    """No level of heading is left out."""
+    return skipped_levels("\n\n".join(cell.source for _, cell in text_cells(notebook)))
+
+
+def check_colours(notebook: NotebookNode) -> list[str]:
+    """No colour is typed: those of helpers.charts are tried for colour-blind readers and for grey print.
+
+    And text names what is in a chart by its label, not by a colour in parentheses.
+    """
+    problems = [
+        f"{name(index, cell)} names {colour}, a colour: name the label in the chart."
+        for index, cell in text_cells(notebook)
+        for colour in re.findall(r"\((?:blue|red|yellow|green|orange|purple|black|grey)\)", cell.source)
+    ]
+    for index, cell in code_cells(notebook):
+        for node in ast.walk(parse(cell.source) or ast.Module([], [])):
+            pairs = [(node.arg, node.value)] if isinstance(node, ast.keyword) else []
+            if isinstance(node, ast.Dict):
+                pairs = [(ast.unparse(key), value) for key, value in zip(node.keys, node.values, strict=True) if key]
+            for key, value in pairs:
+                parts = (part.value for part in ast.walk(value) if isinstance(part, ast.Constant))
+                typed = {part for part in parts if isinstance(part, str)} - {"black", "white", "none"}
+                if typed and re.fullmatch(r"c|cmap|.*colou?rs?", str(key).strip("'")):
+                    problems.append(f"{name(index, cell)} has the colour {min(typed)}: take one of charts.COLOURS.")
+    return problems
+
+
 def check_links(notebook: NotebookNode, folder: Path = NOTEBOOKS) -> list[str]:
     """Each link in text leads to a file of the repository, or to a section of another notebook; none to its own page.
 
@@ -343,6 +371,8 @@ CHECKS = [
     check_size,
     check_plain_python,
     check_title,
+    check_headings,
+    check_colours,
     check_lengths,
     check_balance,
     check_frame,
@@ -416,6 +446,18 @@ def headings(markdown: str) -> list[str]:
     """The headings of a text, as they are read: without marks and the targets of links."""
     plain = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
     return [re.sub(r"\]\([^)]*\)|[`*\[]", "", heading) for heading in HEADING.findall(plain)]
+
+
+def skipped_levels(markdown: str) -> list[str]:
+    """Where a text goes down by more than one level of heading: who listens to a page finds the way by its levels."""
+    plain = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^(#{1,6}) +(.*)", plain, re.MULTILINE)
+    levels = [0, *(len(marks) for marks, _ in found)]
+    return [
+        f"The heading {heading!r} is of level {len(marks)}, after one of level {before}."
+        for before, (marks, heading) in zip(levels, found, strict=False)
+        if len(marks) > before + 1
+    ]
 
 
 def anchors(notebook: NotebookNode) -> list[str]:

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
@@ -27,12 +28,38 @@ EVENTS = [
     Residency("vae", 5.5, 5.501, 168_000_000, 168_000_000, 1),
     Residency("text_encoder", 5.501, 6.0, 246_000_000, 246_000_000, 1),
 ]
+# Severity 1.0, on linear RGB: Machado, Oliveira and Fernandes (2009), https://doi.org/10.1109/TVCG.2009.113
+SIGHTS = {
+    "usual": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+SRGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # IEC 61966-2-1
+
+
+def lab(colour: str, sight: str) -> np.ndarray:
+    """A colour in CIELAB as eyes of some sight see it: lightness of 0 to 100 comes first."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = SRGB_TO_XYZ @ (SIGHTS[sight] @ linear).clip(0, 1) / SRGB_TO_XYZ.sum(axis=1)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 @pytest.fixture(autouse=True)
 def every_figure_is_closed():
     yield
     assert plt.get_fignums() == []  # an open figure would show a second time
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("pair", itertools.combinations((*charts.COLOURS, "white"), 2), ids="-".join)
+def test_colours_survive_colour_blindness_and_grey_print(pair, sight):
+    one, other = (lab(colour, sight) for colour in pair)
+    assert np.linalg.norm(one - other) >= 20  # 2 are just seen side by side
+    if sight == "usual":
+        assert abs(one[0] - other[0]) >= 15
 
 
 def boxes_of(figure) -> dict[str, object]:
@@ -131,6 +158,14 @@ def test_bars_show_every_measurement_with_both_peaks():
     assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
 
 
+def test_labels_of_axes_are_whole_beside_long_names():
+    name = "saved nf4, block group offload with the rest on the card, compiled inside"
+    figure = charts.latency_memory_bars([Measurement(name, latency_s=5.2, reserved_gb=7.9)])
+    figure.draw_without_rendering()
+    left, right = (axes.xaxis.label.get_window_extent() for axes in figure.axes)
+    assert not left.overlaps(right) and right.x1 <= figure.bbox.x1
+
+
 def test_bars_on_a_cpu_show_host_memory():
     left, right = charts.latency_memory_bars([Measurement("nf4", latency_s=5.2, host_peak_gb=1.5)]).axes
     assert [bar.get_width() for bar in right.patches] == [1.5]
@@ -146,13 +181,13 @@ def test_charts_show_the_reserved_memory_where_all_have_it_and_say_so():
     (axes,) = charts.latency_memory_chart(rows).axes
     assert [bar.get_width() for bar in right.patches] == [15.0, 8.0]
     assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [8.0, 15.0]
-    assert right.get_xlabel() == axes.get_xlabel() == "highest reserved accelerator memory (GB)"
+    assert right.get_xlabel() == axes.get_xlabel() == "memory reserved (GB)"
     rows[0] = replace(rows[0], reserved_gb=None)  # an older one
     _, right = charts.latency_memory_bars(rows).axes
     (axes,) = charts.latency_memory_chart(rows).axes
     assert [bar.get_width() for bar in right.patches] == [11.0, 0.0, 14.05, 7.14]
     assert sorted(x for part in axes.collections for x, _ in part.get_offsets()) == [7.14, 14.05]
-    assert right.get_xlabel() == axes.get_xlabel() == "highest allocated accelerator memory (GB)"
+    assert right.get_xlabel() == axes.get_xlabel() == "memory allocated (GB)"
 
 
 @pytest.mark.parametrize("rows", [[], [Measurement("nf4")]])
@@ -185,9 +220,12 @@ def test_reserved_chart_joins_what_is_streamed():
         row("bf16, resident, eager", 30, 1, 4),
         row("saved nf4, streamed, 5 GB, regional compile", 5, 3, 6),
     ]
+    others = [row(f"saved nf4, {way}, eager", 14, 1, 4) for way in "abcd"]
+    assert len({line.get_marker() for line in charts.reserved_chart(rows[:1] + others).axes[0].lines}) == 5
     for axes, values in zip(charts.reserved_chart(rows).axes, ((3, 2), (6, 5)), strict=True):
         line, point = axes.lines
-        assert (tuple(line.get_xdata()), tuple(line.get_ydata()), line.get_label()) == ((5, 9), values, "fill_card")
+        assert (tuple(line.get_xdata()), tuple(line.get_ydata())) == ((5, 9), values)
+        assert line.get_label() == "streamed (fill_card)"
         assert point.get_label() == "resident" and point.get_xdata() == [14]
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > max(values)
 

@@ -1,8 +1,20 @@
 """Every committed notebook passes every static check."""
 
+import re
+
 import nbformat
 import pytest
-from notebook_checks import CHECKS, DIGESTS, NOTEBOOKS, ROOT, broken_links, digests, file_anchors
+from notebook_checks import (
+    CHECKS,
+    DIGESTS,
+    NOTEBOOKS,
+    ROOT,
+    broken_links,
+    digests,
+    file_anchors,
+    skipped_levels,
+    without_code,
+)
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 READMES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("checkpoints/*/README.md"))]
@@ -22,6 +34,14 @@ def test_notebook(path, check):
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_of_the_readmes_lead_somewhere(path):
     assert broken_links(path.read_text(), path.parent, file_anchors(path)) == []
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_readmes_have_headings_in_order_and_pictures_described(path):
+    text = path.read_text(encoding="utf-8")
+    assert skipped_levels(text) == [] and len(re.findall(r"^# ", without_code(text), re.MULTILINE)) == 1
+    for described in re.findall(r"!\[([^]]*)\]", text):
+        assert re.fullmatch(r".{20,}[.。]", described), f"no sentence: {described!r}"
 
 
 def test_stored_outputs_are_those_of_the_last_run():

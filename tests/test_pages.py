@@ -110,6 +110,17 @@ def test_a_notebook_without_its_checks_with_messages_for_pictures_and_clips(site
     assert "for authors" not in page and "a slider" not in page and pages.WIDGET not in page
 
 
+def test_each_picture_and_clip_of_the_lessons_has_a_message_of_its_own():
+    messages = [
+        pages.picture_message(notebook, index)
+        for notebook in pages.read_notebooks(pages.ROOT / "notebooks").values()
+        for index, cell in enumerate(notebook.cells)
+        if re.search("image/png|<video", json.dumps(cell.get("outputs", [])))
+    ]
+    assert [text for text in messages if not re.fullmatch(r".{25,}[.!?]", text)] == []
+    assert messages and len(set(messages)) == len(messages)
+
+
 def test_code_is_copied_without_outputs_and_prompts(site):
     script = (site / "_static" / "copybutton.js").read_text()
     assert "div:not(.output) > div.highlight pre" in script and r">>> |\\.\\.\\. |\\$ |" in script

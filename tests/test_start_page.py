@@ -1,4 +1,4 @@
-"""The start page: what it says of a machine, its card finder, and its words, which are those of lesson 1."""
+"""The start page: what it says of a machine, its card finder, and its words."""
 
 import itertools
 import json
@@ -103,16 +103,13 @@ def test_the_form_answers_what_is_chosen(monkeypatch):
     assert "There is no folder" in answer.value
 
 
-def test_the_words_are_those_of_lesson_1():
-    (words,) = [
-        "".join(cell["source"]) for cell in cells("00_start_here.ipynb") if "| word |" in "".join(cell["source"])
-    ]
-    (other,) = [
-        "".join(cell["source"])
-        for cell in cells("01_quantize_and_compile.ipynb")
-        if "| word |" in "".join(cell["source"])
-    ]
-    assert words.partition("| word |")[2].strip() == other.partition("| word |")[2].strip()
+def test_words_of_lesson_1_mean_the_same_here():
+    def words(name):
+        (text,) = ["".join(cell["source"]) for cell in cells(name) if "| word |" in "".join(cell["source"])]
+        return [line for line in text.splitlines() if line.startswith("| ")]
+
+    here, there = words("00_start_here.ipynb"), words("01_quantize_and_compile.ipynb")
+    assert len(there) > 1 and [line for line in here if line in there] == there
 
 
 def test_the_page_is_short():

@@ -15,8 +15,9 @@ CHART = ROOT / "benchmarks" / "flux.png"
 
 
 def digest() -> str:
-    """SHA-256 of the results, and of the function that draws them."""
-    return hashlib.sha256(SOURCE.read_bytes() + inspect.getsource(charts.reserved_chart).encode()).hexdigest()
+    """SHA-256 of the results, of the function that draws them, and of its colours."""
+    drawn_by = inspect.getsource(charts.reserved_chart) + str(charts.COLOURS)
+    return hashlib.sha256(SOURCE.read_bytes() + drawn_by.encode()).hexdigest()
 
 
 if __name__ == "__main__":

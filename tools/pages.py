@@ -52,7 +52,7 @@ def picture_message(notebook: nbformat.NotebookNode, index: int) -> str:
     before = next((text for place, text in reversed(texts.items()) if place < index), "")
     paragraphs = [part for part in before.split("\n\n") if not part.startswith(("#", "|", "<", "-"))]
     text = after if not after.startswith(("#", "<", "|")) else paragraphs[-1] if paragraphs else ""
-    return re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0]
+    return re.sub(":$", ".", re.split(r"(?<=[.!?])\s", " ".join(text.split()))[0])
 
 
 def page_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -165,7 +165,7 @@ class Sources:
         text = (
             "# Results\n\nWhat the lessons and the README quote, as it was recorded: a section for each file, with what"
             " all its rows share in a sentence, and a table of what differs. Memory is in GB of 1e9 bytes; the"
-            " first lesson says what each column means. Wide tables scroll by themselves.\n"
+            " start page says what each column means. Wide tables scroll by themselves.\n"
         )
         for path in sorted((self.root / RESULTS).glob("*.json")):
             text += f"\n## {path.stem.replace('_', ', ')}\n\n[{path.name}]({self.copy(RESULTS / path.name)})"
