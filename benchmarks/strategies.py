@@ -19,7 +19,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 
 from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
-from helpers.models import Model
+from helpers.models import Model, find_file_size
 from helpers.residency import is_model_offloaded
 from helpers.streaming import fill_card, find_blocks
 
@@ -62,8 +62,9 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
 def save_nf4(model: dict, folder: str) -> None:
     """Quantize once and write the result to `folder`, for `load_saved_nf4`. `model` is a `Model` as a dictionary."""
     cpu_backend.enable()
-    # In small files: what reads them later has one in memory beside its own copy.
-    quantize_at_load(Model(**model)).save_pretrained(folder, max_shard_size="1GB")
+    pipeline = quantize_at_load(Model(**model))
+    size = find_file_size(*devices.component_modules(pipeline).values())
+    pipeline.save_pretrained(folder, max_shard_size=size)
 
 
 # Where the components are

@@ -1,6 +1,7 @@
 """What a program must know about a checkpoint, found out by itself: its denoisers, its text encoders, its call."""
 
 import inspect
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 
 from helpers import checks
 from helpers.errors import TutorialError
@@ -225,6 +226,25 @@ def _weight_sizes(path: str) -> tuple[dict[str, int], str | None]:
             formats[kind] = formats.get(kind, 0) + size
     variant = "fp16" if sizes[True].keys() - sizes[False].keys() else None
     return {name: max(formats.values()) for name, formats in (sizes[True] | sizes[False]).items()}, variant
+
+
+def find_file_size(*modules: torch.nn.Module, smallest: int = 1_000_000_000) -> int:
+    """A `max_shard_size` for `save_pretrained`, in bytes, that parts no nf4 weight from its quant_state.
+
+    Small files: what reads them later has one in memory beside its own copy. diffusers 0.42 does not load a weight
+    whose quant_state is in the next file, and `save_pretrained` fills each file up whatever it parts.
+    """
+    states = [module.state_dict() for module in modules]
+    for size in itertools.count(smallest, max(1, smallest // 100)):
+        if not any(_parts_a_weight(state, size) for state in states):
+            return size
+
+
+def _parts_a_weight(state: dict[str, torch.Tensor], file_size: int) -> bool:
+    """Whether files of this size, in bytes, have the quant_state of a weight apart from the weight."""
+    files = split_torch_state_dict_into_shards(state, max_shard_size=file_size).tensor_to_filename
+    owners = {key: key.partition(".weight.")[0] + ".weight" for key in files if ".weight." in key}
+    return any(files.get(owner, files[key]) != files[key] for key, owner in owners.items())
 
 
 def describe(model: Model) -> str:

@@ -303,14 +303,15 @@ class Streamed:
         }
         blocks = {block: [t for t in tensors if id(t) not in outside] for block, tensors in blocks.items()}
         blocks = {block: tensors for block, tensors in blocks.items() if tensors}
+        elsewhere = {*buffers, *(id(tensor) for tensors in blocks.values() for tensor in tensors)}
+        # First what every file of weights has some of: a file stays in memory until its last tensor is copied.
+        self.rest = Parcel([tensor for tensor in everything if id(tensor) not in elsewhere], self.device)
+        self.buffers = Parcel(list(buffers.values()), self.device)
         for block, tensors in blocks.items():
             block._parcel = Parcel(tensors, self.device)
             block._streamed, block.__class__ = self, streamed_class(type(block))
         self.parcels = [block._parcel for block in blocks]
         ring.following |= zip(self.parcels, self.parcels[1:] + self.parcels[:1], strict=True)  # a first guess
-        elsewhere = {*buffers, *(id(tensor) for parcel in self.parcels for tensor in parcel.tensors)}
-        self.rest = Parcel([tensor for tensor in everything if id(tensor) not in elsewhere], self.device)
-        self.buffers = Parcel(list(buffers.values()), self.device)
         self.buffers.stay()
         self.guests = [self.rest]  # what is on the card while this runs, or other models with the same list
         model._streamed, model._apply = self, self.apply

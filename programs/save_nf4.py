@@ -78,8 +78,9 @@ def save_component(name: str, model: Model, out: Path, device: str) -> None:
         settings["quantization_config"] = library.BitsAndBytesConfig(**NF4)
     if name not in model.quantized or device == "cpu":
         settings["device_map"] = "cpu"  # without it, weights are quantized on the card
-    # In small files: what reads them later has one in memory beside its own copy.
-    cls.from_pretrained(source, **settings).save_pretrained(out / name, max_shard_size="1GB")
+    component = cls.from_pretrained(source, **settings)
+    component.save_pretrained(out / name, max_shard_size=models.find_file_size(component))
+    del component
     devices.free_memory()
 
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     FirstBlockCacheConfig,
     FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
     ModelMixin,
     PixArtAlphaPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -503,6 +504,28 @@ def test_what_cannot_be_done_is_said():
         del pipeline.vae.use_tiling  # as with a VAE that knows no tiles; on a GPU it decodes before the end
     with pytest.raises(MemoryError, match="draw smaller"):
         streaming.fill_card(pipeline, 0.0001, **call_of("pocket"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("family", ["pocket", "nf4"])
+def test_a_file_of_weights_is_let_go_as_soon_as_its_blocks_are_copied(family, tmp_path, monkeypatch):
+    """A mapped file counts as host memory: all files beside all copies would be twice the weights."""
+    saved = build(family).transformer
+    blocks = len(streaming.find_blocks(saved))
+    size = sum(tensor.nbytes for tensor in streaming.tensors_of(saved))
+    saved.save_pretrained(tmp_path, max_shard_size=models.find_file_size(saved, smallest=size // 8))
+    del saved
+    model = FluxTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    files, mapped, pack = len(list(tmp_path.glob("*.safetensors"))), [], streaming.Parcel.pack
+
+    def pack_and_count(parcel):
+        pack(parcel)
+        mapped.append(len({line.split()[-1] for line in open("/proc/self/maps") if str(tmp_path) in line}))
+
+    monkeypatch.setattr(streaming.Parcel, "pack", pack_and_count)
+    streaming.stream_blocks(model, 1, DEVICE)
+    assert files > 5 and mapped[0] == files
+    assert mapped[blocks + 1] == 0 and mapped[blocks // 2] <= files // 2 + 1
 
 
 def test_too_little_host_memory(monkeypatch):
