@@ -56,7 +56,7 @@ def check_same_weights(source, out):
 
 
 def test_no_file_ends_within_an_nf4_weight(tmp_path):
-    """diffusers does not load a weight whose quant_state is in the next file; it fills each file up, whatever that is."""
+    """diffusers does not load a weight whose quant_state is in the next file, and fills each file up."""
     pipeline = strategies.quantize_at_load(models.find_model(str(POCKET)))
     parted, whole = [], []
     for smallest in range(100_000, 200_000, 9_000):
