@@ -14,6 +14,7 @@ import time
 from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -160,9 +161,10 @@ def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
 
 
 def test_combinations_are_made_of_strategies():
-    for name in (*strategies.COMBINATIONS, *strategies.VARIANTS):
+    for name in (*strategies.COMBINATIONS, *strategies.VARIANTS, *strategies.PEERS):
         if name not in strategies.RECIPES:
-            start, *placement, compilation = name.split(", ")
+            assert strategies.is_combination(name)
+            start, *placement, compilation = strategies.split_cache(name)[0].split(", ")
             assert start in strategies.STARTS and ", ".join(placement) in strategies.PLACEMENTS
             assert strategies.is_streamed(name) == ("streamed" in name)
             assert compilation in strategies.COMPILATIONS
@@ -232,7 +234,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatc
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
     assert run(monkeypatch, *options) == "4 of 6 combinations could not be measured: the table says why."
     rows = results(tmp_path / "r")
-    assert list(rows) == [name for name in program.NAMES if "eager" in name]
+    assert list(rows) == [name for name in program.SEARCHED if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
     assert failed == {name for name in rows if name.startswith(("bf16", "saved"))}
     assert started.measured.count("save") == 1  # not once for each combination
@@ -297,8 +299,37 @@ def test_any_combination_can_be_named(checkpoint, started, monkeypatch, tmp_path
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
     assert run(monkeypatch, *options, "saved nf4, resident, eager") == ""
     assert started.measured == ["save", "saved nf4, resident, eager"]
-    for name in ("saved nf4, residing, eager", "saved nf4, eager", "fp8, resident, eager", "saved nf4, , eager"):
+    for name in ("saved nf4, residing, eager", "saved nf4, eager", "int8, resident, eager", "saved nf4, , eager"):
         assert "No combination contains" in run(monkeypatch, *options, name)
+
+
+def test_fp8_and_caches_are_measured_by_their_whole_name(checkpoint, started, monkeypatch, tmp_path):
+    """What most cards cannot do is no failure of those who asked for something else."""
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "resident", "streamed, 8 GB") == ""
+    others = [name for name in started.measured if "fp8" in name or "cache" in name]
+    assert others == [] and "nf4, resident, full compile" in started.measured
+    peers = ["bf16, resident, eager, first block cache 0.1", "fp8, resident, regional compile", "fp8, resident, eager"]
+    assert run(monkeypatch, *options, *peers) == ""
+    assert sorted(started.measured[-3:]) == sorted(peers)
+    distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
+    assert all(distances[name] > 0 for name in peers) and distances["bf16, resident, eager"] == 0
+
+
+def test_a_cached_row_without_a_compiler(checkpoint, started, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_backend, "check_compiler", mock.Mock(side_effect=TutorialError("There is none.")))
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "bf16, resident, eager, first block cache 0.1") == ""
+    assert "1 of 1" in run(monkeypatch, *options, "bf16, resident, compiled inside, first block cache 0.1")
+
+
+def test_a_row_is_compared_when_the_first_combination_comes_later(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "fp8, resident, eager") == ""
+    assert results(tmp_path / "r")["fp8, resident, eager"].distance is None
+    assert run(monkeypatch, *options, "bf16, resident, eager") == ""
+    distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
+    assert distances["bf16, resident, eager"] == 0 and distances["fp8, resident, eager"] > 0
 
 
 def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):
@@ -547,6 +578,6 @@ def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
     assert first.distance == 0 and 0 < second.distance < 25 and second.spread_s == 0
     values = json.loads(next((tmp_path / "r").glob("*.json")).read_text())[1]
     of_cards = {"load_peak_gb", "run_peak_gb", "reserved_gb"}
-    optional = {"driver", "failure", "source"} | (of_cards if devices.accelerator().type == "cpu" else set())
+    optional = {"driver", "failure", "source", "skipped"} | (of_cards if devices.accelerator().type == "cpu" else set())
     assert {name for name, value in values.items() if value is None} <= optional
     assert values["call"]["prompt"] == program.PROMPT

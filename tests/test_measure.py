@@ -6,6 +6,7 @@ import pytest
 import tiny_pipelines
 import torch
 from conftest import draw
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.schedulers import SchedulerMixin
 from tqdm import tqdm
 
@@ -149,6 +150,24 @@ def test_step_ms_of_a_pipeline(bf16_pipeline):
     # With a single step there is nothing between two.
     run = measure.measure_run(lambda: draw(bf16_pipeline, num_inference_steps=1), repeats=1, pipeline=bf16_pipeline)
     assert run.step_ms is None
+
+
+def test_skipped_is_the_share_of_the_repeats(bf16_pipeline):
+    run = measure.measure_run(lambda: draw(bf16_pipeline), repeats=1, pipeline=bf16_pipeline)
+    assert run.skipped is None  # without a cache
+    bf16_pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1000))
+    expected = draw(bf16_pipeline)
+    steps = iter([3, 3, 3, 1])  # with a single step nothing is skipped
+
+    def call():
+        return draw(bf16_pipeline, num_inference_steps=next(steps))
+
+    run = measure.measure_run(call, repeats=2, warmups=1, pipeline=bf16_pipeline)
+    assert run.skipped == 2 / 4
+    assert measure.measure_run(lambda: draw(bf16_pipeline), repeats=2, pipeline=bf16_pipeline).skipped == 2 / 3
+    np.testing.assert_array_equal(draw(bf16_pipeline), expected)
+    hook = bf16_pipeline.transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+    assert "_should_compute_remaining_blocks" not in vars(hook)
 
 
 STEPS = 3
