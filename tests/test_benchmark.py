@@ -26,6 +26,7 @@ from torch._inductor import config
 from benchmarks import __main__ as program
 from benchmarks import strategies
 from helpers import cpu_backend, devices, models, processes, records
+from helpers.checkpoints import Checkpoint
 from helpers.errors import TutorialError
 from helpers.models import Model
 
@@ -137,6 +138,79 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
             assert (picture - leaves).abs().mean() < 0.01
     limit = tiny_pipelines.tight_limit(strategies.load_saved_nf4(Model(**arguments)), call)
     torch.testing.assert_close(run(f"saved nf4, streamed, {limit:.9f} GB, eager")[0], leaves)
+
+
+# Ways to place weights that change no arithmetic.
+SAME = ("resident", "model offload", "block group offload", "streamed")
+# Why a pipeline cannot be called with a scheduler, whoever measures: it is left out.
+REFUSED = "does not support custom sigmas|no attribute 'init_noise_sigma'|no attribute 'set_begin_index'|by non-int"
+REFUSED_COMPATIBLE = {"PNDMScheduler {}": "could not be broadcast together"}  # more Runge-Kutta steps than there are
+NOT_MADE = {
+    "LMSDiscreteScheduler": "requires the scipy library",
+    "DPMSolverSDEScheduler": "requires the torchsde library",
+    "EDMEulerScheduler": "'NoneType' and 'float'",  # without a lowest sigma in the configuration
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore")  # of schedulers in combinations that nobody uses
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_placements_draw_the_same_with_every_scheduler(family, checkpoint, monkeypatch):
+    """The latents of `assemble`, measured, are those of a plain pipeline, bit for bit: reports.md, R1 and R10.
+
+    With every scheduler that is compatible with that of the family, and settings that draw noise or step along a flow.
+    """
+    model = models.find_model(str(checkpoint(family)))
+    call = {"prompt": "a lighthouse", "num_inference_steps": 3, "output_type": "latent"} | tiny_pipelines.CALLS[family]
+    chosen = Checkpoint("tiny", "given", model.path, (call["prompt"],))
+    outputs, measure_run = [], processes.measure_run
+
+    def keep(function, **settings):
+        torch.manual_seed(0)  # some schedulers draw from the generator of the process, which is a new one elsewhere
+        run = measure_run(function, **settings)
+        outputs.append(run.output)
+        return run
+
+    monkeypatch.setattr(processes, "measure_run", keep)
+
+    def measured(pipeline) -> list[torch.Tensor]:
+        processes.measure_here(lambda: (pipeline, call | {"return_dict": False}), chosen, family, repeats=1)
+        return [torch.as_tensor(part) for part in outputs[-1] if part is not None]  # LTX-2: video and sound
+
+    def not_measured(pipeline) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        for _ in range(2):  # the second counts, as of the measured ones
+            output = pipeline(**call, generator=torch.Generator().manual_seed(0), return_dict=False)
+        return [torch.as_tensor(part) for part in output if part is not None]
+
+    plain = strategies.load_bf16(model).to(devices.accelerator())
+    limit = tiny_pipelines.tight_limit(strategies.load_bf16(model), call)
+    names = [f"bf16, {way}, eager".replace("streamed", f"streamed, {limit:.9f} GB") for way in SAME]
+    pipelines = {name: strategies.assemble(name, asdict(model), call) for name in names}
+    for pipeline in (plain, *pipelines.values()):
+        pipeline.set_progress_bar_config(disable=True)
+        tiny_pipelines.encode_once(pipeline)
+    made, working = tiny_pipelines.schedulers(plain), []
+    config, own = plain.scheduler.config, f"{type(plain.scheduler).__name__} {{}}"
+    for missing in {cls for cls in plain.scheduler.compatibles if f"{cls.__name__} {{}}" not in made}:
+        with pytest.raises((ImportError, TypeError), match=NOT_MADE[missing.__name__]):
+            missing.from_config(config)
+    compatible = [f"{cls.__name__} {{}}" for cls in plain.scheduler.compatibles]
+    for name in [name for name in made if name in compatible or not name.endswith("{}")]:
+        kind, settings = type(made[name]), made[name].config
+        plain.scheduler = kind.from_config(settings)
+        try:
+            expected = not_measured(plain)
+        except Exception as error:
+            reason = REFUSED_COMPATIBLE[name] if name in compatible else REFUSED
+            assert re.search(reason, str(error)), (name, error)
+            continue
+        assert all(part.isfinite().all() for part in expected), name
+        for way, pipeline in pipelines.items():
+            pipeline.scheduler = kind.from_config(settings)
+            assert all(torch.equal(*pair) for pair in zip(measured(pipeline), expected, strict=True)), (way, name)
+        working.append(name)
+    assert own in working and len(working) >= {"sdxl": 14, "pixart": 14, "sd3": 5, "wan22": 5}.get(family, 2), working
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only

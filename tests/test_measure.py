@@ -1,13 +1,11 @@
 import time
 
-import diffusers
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from conftest import draw
 from diffusers.hooks import FirstBlockCacheConfig
-from diffusers.schedulers import SchedulerMixin
 from tqdm import tqdm
 
 from helpers import cpu_backend, devices, measure
@@ -171,36 +169,7 @@ def test_skipped_is_the_share_of_the_repeats(bf16_pipeline):
 
 
 STEPS = 3
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-SETTINGS = [  # with which a scheduler draws noise, steps along a flow, or can take few steps
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"} | FLOW),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
-    ("PNDMScheduler", {"skip_prk_steps": True}),
-    ("UniPCMultistepScheduler", FLOW),
-]
 WORKING = {"sd3": 20, "sdxl": 20, "pixart": 20, "wan22": 20}  # so many at the least; 4 of the other families
-
-
-def schedulers(pipeline) -> dict[str, SchedulerMixin]:
-    """Every scheduler of diffusers that can be made from the configuration of the pipeline's own, by its name."""
-    plain = [(name, {}) for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
-    made = {}
-    for name, settings in [*plain, *SETTINGS]:
-        try:
-            made[f"{name} {settings}"] = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
-        except Exception:  # a library that is not installed, or a configuration of another kind
-            continue
-    return made
-
-
-@pytest.fixture
-def one_thread():
-    """So small operations are no faster with more, and far slower where another process has the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -210,14 +179,8 @@ def test_measuring_changes_no_picture(family):
     """With every scheduler that the pipeline can be called with when nobody measures; the others are left out."""
     pipeline = tiny_pipelines.build(family).to(devices.accelerator())
     pipeline.set_progress_bar_config(disable=True)
-    encode, encoded, pictures = pipeline.encode_prompt, [], []
-
-    def encode_once(*args, **kwargs):  # it has no part in this and takes most of the time
-        if not encoded:
-            encoded.append(encode(*args, **kwargs))
-        return encoded[0]
-
-    pipeline.encode_prompt = encode_once
+    tiny_pipelines.encode_once(pipeline)
+    pictures = []
 
     def call() -> None:
         torch.manual_seed(0)  # some schedulers draw their noise from the generator of the process
@@ -232,7 +195,7 @@ def test_measuring_changes_no_picture(family):
         pictures.append([torch.as_tensor(part) for part in output if part is not None])  # LTX-2: video and sound
 
     working = []
-    for name, scheduler in schedulers(pipeline).items():
+    for name, scheduler in tiny_pipelines.schedulers(pipeline).items():
         pipeline.scheduler = scheduler
         pictures.clear()
         try:
