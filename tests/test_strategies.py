@@ -148,6 +148,8 @@ def test_fp8_says_what_is_missing(monkeypatch):
 def test_fp8_of_torchao(placement, monkeypatch):
     quantization = pytest.importorskip("torchao.quantization.quant_api", reason="torchao is an extra")
     if DEVICE.type == "cpu":  # where its products are the same, only slow
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            pytest.skip("an older torch has no products of float8 with a scale for each row on a CPU")
         monkeypatch.setattr(strategies, "check_fp8", lambda: None)
         monkeypatch.setattr(quantization, "_check_hardware_support", lambda granularity: None)
     model = models.find_model(PATH)
