@@ -28,7 +28,8 @@ lab: setup
 	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
 	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
 		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
-		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
+		--LabApp.app_settings_dir="$(CURDIR)/tools/lab" --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root $(ARGS)
 
 # Unit tests and lessons run in two processes of one thread each, which tiny models are faster on.
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
