@@ -4,7 +4,7 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark chart site links newest clean
+.PHONY: help setup run lab test benchmark chart site links test-browser newest clean
 
 help:
 	@echo "make run     execute every notebook, write web pages of what that gave under build/"
@@ -14,6 +14,8 @@ help:
 	@echo "             measure combinations of quantization, offloading and compilation; ARGS='--help' lists the options"
 	@echo "make site    web pages of the lessons as they are stored, and of README and results, under build/site/"
 	@echo "make links   look up every link to elsewhere on the web"
+	@echo "make test-browser"
+	@echo "             the lessons in JupyterLab and their web pages in a real browser; wants Chromium or Chrome on PATH"
 	@echo "make clean   remove what these made: .venv, build/ and caches"
 
 setup:
@@ -60,6 +62,12 @@ site: setup
 
 links: setup
 	@$(python) tools/pages.py --links $(ARGS)
+
+# Seven minutes on two quiet cores. The browser is the system's; what drives it is installed here and not by setup,
+# for nothing else needs it.
+test-browser: setup
+	@$(python) -m pip install --quiet --group browser
+	@$(python) tools/browser.py $(ARGS)
 
 # For the weekly run of CI: requirements.txt becomes the newest set that the ranges of pyproject.toml allow.
 newest: setup
