@@ -109,6 +109,8 @@ def limit(model: str, card: str) -> float:
 
 NAMES: dict[str, Any] = {
     "flux": rows("flux-random_nvidia-h200"),
+    "flux_streamed": rows("flux-random_streamed_nvidia-h200"),
+    "flux_host": rows("flux-random_host-memory_nvidia-h200"),
     "flux_h100": rows("flux-random_nvidia-h100-80gb-hbm3"),
     "flux_warm": rows("flux-random_warm-cache_nvidia-h100-80gb-hbm3"),
     "flux_settings": rows("flux-random_settings_nvidia-h200"),

@@ -14,7 +14,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from benchmarks.strategies import put_quant_states
-from helpers import devices, quality
+from helpers import devices, models, quality
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.residency import record_residency
 from helpers.streaming import stream_blocks
@@ -262,6 +262,19 @@ def test_two_requests_at_a_time_need_two_schedulers(bf16_pipeline):
     other = type(pipeline)(**pipeline.components | {"scheduler": scheduler})
     drawn.append(draw(pipeline, callback_on_step_end=nested(other)))
     assert all(quality.image_distance(picture, expected) == 0 for picture in drawn)
+
+
+def test_a_weight_and_its_quant_state_in_two_files(nf4_pipeline, tmp_path):
+    transformer = nf4_pipeline.transformer
+    sizes = range(2_000, 100_000, 100)
+    parted = next(size for size in sizes if models.find_file_size(transformer, smallest=size) > size)
+    transformer.save_pretrained(tmp_path / "parted", max_shard_size=parted)
+    with pytest.raises(ValueError) as caught:
+        type(transformer).from_pretrained(tmp_path / "parted", dtype=torch.bfloat16)
+    assert all(symptom(text) in str(caught.value) for text in ("Supplied state dict for", "does not contain"))
+    assert symptom("max_shard_size")
+    transformer.save_pretrained(tmp_path / "whole", max_shard_size=models.find_file_size(transformer, smallest=parted))
+    type(transformer).from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
 
 
 def test_group_offload_after_model_offload(nf4_pipeline):
