@@ -12,11 +12,11 @@ from typing import Any
 
 from helpers import records
 from helpers.cards import CARDS, GB, Card
-from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT
-from helpers.shapes import Part, Shape
+from helpers.checkpoints import PACKAGE_ROOT
+from helpers.shapes import Part, Shape, called, known_shapes
 
 RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
-REPOSITORIES = {model: entry.path for (model, size), entry in CHECKPOINTS.items() if size == "full"}
+REPOSITORIES = {shape.model: name for name, shape in known_shapes().items()}
 
 SAVE = "save_nf4.py --device cuda"
 
@@ -204,6 +204,11 @@ def predict(
         least_gb=least / GB,
         tiled=tiled,
     )
+
+
+def shape_of_row(row: records.Measurement) -> Shape:
+    """The shape of a recorded row's model, with the forwards that its call had."""
+    return called(known_shapes()[REPOSITORIES[row.model]], row.call or {})
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from helpers import records
 from helpers.cards import find_card
-from helpers.predict import REPOSITORIES, RESULTS, Call, Prediction, predict
-from helpers.shapes import Part, known_shapes
+from helpers.predict import REPOSITORIES, RESULTS, Call, Prediction, predict, shape_of_row
+from helpers.shapes import Part
 
 WANTED = {"memory": 0.1, "time": 0.25}  # how far off a figure may be
 CAVEATS = """\
@@ -33,7 +33,7 @@ def predict_row(row: records.Measurement) -> Prediction | None:
     placed = PLACED.search(name)
     if not placed or row.failure:
         return None
-    shape = known_shapes()[REPOSITORIES[row.model]]
+    shape = shape_of_row(row)
     alone = (row.call or {}).get("output_type") == "latent"  # the transformer alone, loaded in host memory
     if alone:
         shape = replace(shape, encoders=[], vae=Part(0, 0), vae_channels=0, largest=shape.blocks)

@@ -1,6 +1,5 @@
 """The start page: what it says of a machine, its card finder, and its words."""
 
-import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,12 +75,21 @@ def test_memory_of_a_card(free, total, enough, monkeypatch):
 
 def test_the_table_says_what_the_plan_says():
     found = finder.rows()
-    assert len(found) == 2 * len(finder.CARDS_GB)
-    for row, (model, gb) in zip(found, itertools.product(finder.REPOSITORIES.values(), finder.CARDS_GB), strict=True):
+    others = len({model for model, _ in finder.choices()} - {finder.REPOSITORIES[model] for model in finder.LESSONS})
+    assert len(found) == 2 * len(finder.CARDS_GB) + others * len(finder.FEW_GB)
+    for row, (model, gb) in zip(found, finder.choices(), strict=True):
         made = plan.find_plan(plan.Request(model, gb, finder.RAM_GB, usual_card(gb)))
         name, draw, *figures = row.values()
         assert usual_card(gb) in name and made.lines[-1].endswith(f'" {draw}') and not made.problem
         assert set(figures) <= {figure.text.removesuffix(" reserved") for figure in made.figures.values()}
+
+
+def test_only_models_with_rows_are_in_the_table(monkeypatch):
+    monkeypatch.setattr(
+        finder, "load_recorded", lambda path, _: SimpleNamespace(rows=["FLUX.1" in path] * ("FLUX" in path))
+    )
+    assert {model for model, _ in finder.choices()} == {finder.REPOSITORIES[model] for model in ("flux", "klein")}
+    assert sum("klein" in model for model, _ in finder.choices()) == len(finder.FEW_GB)
 
 
 def test_no_form_is_stored_where_nobody_looks(monkeypatch):
@@ -94,6 +102,7 @@ def test_the_form_answers_what_is_chosen(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "00_start_here.ipynb")
     form = finder.form()
     model, card, ram, answer = form.children
+    assert set(model.options) == set(finder.REPOSITORIES.values())
     assert isinstance(form, ipywidgets.VBox) and "--memory-gb 11" in answer.value
     card.value = 8
     assert "--memory-gb 7" in answer.value
