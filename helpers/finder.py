@@ -50,6 +50,7 @@ def choices() -> list[tuple[str, int]]:
 
 
 def _short(model: str) -> str:
+    """Its name without its owner and what says nothing here."""
     return re.sub("-(dev|T2V).*", "", model.split("/")[1])
 
 

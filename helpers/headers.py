@@ -140,6 +140,11 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int
         stored=sum(map(_stored, headers.values())),
         largest=max(part.bytes for part in parts.values()),
         largest_file=largest_file,
+        largest_tensor=max(
+            _weigh({key: shape}, name in model.quantized, kept[name]).bytes
+            for name, tensors in headers.items()
+            for key, shape in tensors.items()
+        ),
         quantized=model.is_quantized,
         call=call,
     )

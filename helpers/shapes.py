@@ -85,6 +85,7 @@ class Shape:
     stored: int  # bytes of all weights in bfloat16
     largest: float  # bytes of the largest component, in nf4
     largest_file: int  # bytes of it, as published
+    largest_tensor: float  # bytes of the largest weight, in nf4 where it becomes that: no file is smaller
     quantized: bool = False  # its files hold nf4 weights already
     call: dict[str, int] = field(default_factory=dict)  # height, width, frames and steps of a call that names none
     model: str = ""  # what recorded rows call it
