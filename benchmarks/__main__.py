@@ -10,6 +10,9 @@ on, or random-klein-nf4, which needs less disk and serves the combinations of sa
 row that says why, and the others go on. `reserved_gb` is what a card must have, beside the 0.7 GB of CUDA itself; the
 two peaks are what was allocated. The results go to one JSON file for each checkpoint and device, row by row: the same
 command goes on where it was stopped, and tries again what failed.
+
+Two more words are measured where a whole name has them: the start fp8, which needs torchao and a card that has float8,
+and a cache with its threshold: `--only "saved nf4, resident, compiled inside, first block cache 0.1"`.
 """
 
 import argparse
@@ -41,8 +44,10 @@ REFERENCE = strategies.COMBINATIONS[0]
 COLUMNS = {
     "load_s": ".1f", "first_call_s": ".1f", "latency_s": ".2f", "spread_s": ".2f", "step_ms": ".0f",
     "load_peak_gb": ".2f", "run_peak_gb": ".2f", "reserved_gb": ".2f", "host_peak_gb": ".1f", "distance": ".2f",
+    "skipped": ".0%",
 }  # fmt: skip
-NAMES = (*strategies.COMBINATIONS, *strategies.VARIANTS)
+SEARCHED = (*strategies.COMBINATIONS, *strategies.VARIANTS)
+NAMES = (*SEARCHED, *strategies.PEERS)
 SETTINGS = ("height", "width", "num_frames", "num_inference_steps")
 PROMPT = "a lighthouse on a cliff in a storm"
 Image.MAX_IMAGE_PIXELS = None  # the frames of a video in a row are a large picture, and our own
@@ -82,7 +87,8 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="what contains a TEXT, of all that --list names; or a whole name such as 'bf16, streamed, 6.5 GB, eager'",
+        help="what contains a TEXT, of all that --list names but fp8 and caches; or a whole name, any, such as "
+        "'bf16, streamed, 6.5 GB, eager'",
     )
     parser.add_argument("--list", action="store_true", help="print the names of all combinations and stop")
     parser.add_argument("--prompt", help="what to draw")
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     """
     names = list(strategies.COMBINATIONS)
     if args.only:
-        names = [name for name in NAMES if any(text in name for text in args.only)]
+        names = [name for name in SEARCHED if any(text in name for text in args.only)]
         names += [text for text in args.only if strategies.is_combination(text) and text not in names]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
@@ -146,8 +152,9 @@ def run(args: argparse.Namespace) -> None:
         if name.startswith("saved nf4") and not saved and not fault:
             saved, fault = ensure_saved(model)
         row = measure_one(name, checkpoint, replace(model, saved=saved), fault, args, pictures, shown)
-        row = compare(row, rows, pictures)
         rows = sorted([*rows, row], key=lambda row: rank(row.name))
+        rows = [compare(row, rows, pictures) for row in rows]  # all: the first combination may come later
+        row = next(row for row in rows if row.name == name)
         tqdm.write(line(row, width))
         writing.save_measurements(rows, file, new=[row])
     draw_chart(rows, file)
@@ -232,7 +239,7 @@ def measure_one(
     (pictures / f"{slug(name)}.png").unlink(missing_ok=True)  # an earlier one must not stand for this one
     said = io.StringIO()
     try:
-        if not name.endswith("eager"):
+        if not strategies.split_cache(name)[0].endswith("eager"):
             cpu_backend.check_compiler()
         if model.is_quantized and not name.startswith("saved nf4"):
             raise TutorialError("The weights are quantized already: only the combinations of saved nf4 can use them.")
@@ -267,11 +274,11 @@ def measure_one(
 def compare(row: records.Measurement, rows: list[records.Measurement], pictures: Path) -> records.Measurement:
     """The row with the `distance` of its picture to that of the first combination, where both were drawn.
 
-    Random weights have none: they turn a difference of one bit into another picture.
+    `rows` are all. Random weights have none: they turn a difference of one bit into another picture.
     """
-    if row.checkpoint_size == "random":
+    if row.checkpoint_size == "random" or row.distance is not None:
         return row
-    drawn = [entry.name for entry in (*rows, row) if entry.failure is None]
+    drawn = [entry.name for entry in rows if entry.failure is None]
     files = [pictures / f"{slug(name)}.png" for name in (row.name, REFERENCE)]
     if row.name not in drawn or REFERENCE not in drawn or not all(file.exists() for file in files):
         return row

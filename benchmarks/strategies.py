@@ -5,6 +5,7 @@ Each strategy is one small function, made of the calls that the lessons teach. A
 those of the diffusers guide https://huggingface.co/docs/diffusers/optimization/speed-memory-optims, as it has them.
 """
 
+import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook, apply_group_offloading
+from diffusers.hooks.first_block_cache import FBCBlockHook
 from diffusers.hooks.group_offloading import ModuleGroup
+from transformers import TorchAoConfig as TorchAoConfigOfEncoders
 
 from helpers import cpu_backend, devices
 from helpers.errors import TutorialError
@@ -25,7 +28,10 @@ from helpers.streaming import fill_card, find_blocks
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 CPU = torch.device("cpu")
-LIMIT = r"(\d+|\d*\.\d+) GB"
+NUMBER = r"(\d+|\d*\.\d+)"
+LIMIT = f"{NUMBER} GB"
+CACHED = re.compile(f"(.+), first block cache {NUMBER}")
+WEIGHTS = {"nf4": "nf4", "saved nf4": "nf4", "fp8": "float8_e4m3fn"}  # of a start, by the words of `footprint`
 
 
 # How the weights come
@@ -57,6 +63,45 @@ def load_saved_nf4(model: Model) -> DiffusionPipeline:
     # By its own class: DiffusionPipeline drops a component that the class calls optional, such as Wan's transformer,
     # and loads another one from the folder (diffusers 0.42).
     return model.pipeline_class.from_pretrained(model.saved, dtype=torch.bfloat16, **parts)
+
+
+def quantize_to_fp8(model: Model) -> DiffusionPipeline:
+    """float8 for what `quantize_at_load` makes nf4, by torchao: weights once, activations anew in each product.
+
+    Each row of a weight, and each token, has a scale of its own. A layer with a dimension that is no multiple of 16
+    stays. torchao sets the compiler to search longer for fast kernels (`set_inductor_config`), as its users have it.
+
+    Raises:
+        TutorialError: torchao is missing, or the accelerator has no products of float8.
+    """
+    check_fp8()
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    kinds = {name: TorchAoConfig if name in model.denoisers else TorchAoConfigOfEncoders for name in model.quantized}
+    fp8 = {name: kind(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())) for name, kind in kinds.items()}
+    return DiffusionPipeline.from_pretrained(
+        model.path,
+        variant=model.variant,
+        quantization_config=PipelineQuantizationConfig(quant_mapping=fp8),
+        dtype=torch.bfloat16,
+    )
+
+
+def check_fp8() -> None:
+    """Whether float8 can be measured here. It is an extra: nothing else needs torchao.
+
+    Raises:
+        TutorialError: it cannot.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise TutorialError('fp8 needs torchao: run `python -m pip install "torchao>=0.18,<1"`, or measure nf4.')
+    device = devices.accelerator()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 9):
+        raise TutorialError(
+            "fp8 needs a card of compute capability 8.9 or higher, such as an RTX 40 or an H100, and this is "
+            f"{devices.device_name()}: measure nf4."
+        )
 
 
 def save_nf4(model: dict, folder: str) -> None:
@@ -270,6 +315,60 @@ def _repeated_blocks(denoiser: torch.nn.Module) -> list[str]:
     return list(blocks)
 
 
+# Whether blocks are skipped
+
+
+def cache_first_block(pipeline: DiffusionPipeline, model: Model, threshold: float) -> None:
+    """Skip all blocks but the first where that has changed by less than `threshold`: a share of what it adds.
+
+    How often that happens depends on the weights: a step that is skipped with random ones says nothing of trained ones.
+    What a step takes does not. So at full size measure a threshold of 0, with which every step is computed, and one of
+    1000, with which every step but the first is skipped, and weight the two `step_ms` by the share that trained weights
+    skip. `skipped` of the measurement says what happened.
+
+    Raises:
+        TutorialError: diffusers has no such cache for a denoiser.
+    """
+    for denoiser in _modules(pipeline, model.denoisers):
+        try:
+            denoiser.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        except (AttributeError, IndexError, ValueError):
+            name = type(denoiser).__name__
+            raise TutorialError(f"diffusers has no first block cache for a {name}: leave the cache out.") from None
+        _mend_cache(denoiser)
+
+
+class _JoinedTail(FBCBlockHook):
+    """The last block of FLUX.2, which returns text and picture in one tensor, where the first one returns two.
+
+    diffusers 0.42 takes them from each other: `TypeError` (https://github.com/huggingface/diffusers/issues/14280).
+    """
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Join what the first block returned, and part what is to be added when blocks are skipped."""
+        state = self.state_manager.get_state()
+        if not state.should_compute:
+            return super().new_forward(module, *args, **kwargs)
+        picture, text = state.head_block_output
+        state.head_block_output = torch.cat([text, picture], dim=1)
+        output = super().new_forward(module, *args, **kwargs)
+        residual, _ = state.tail_block_residuals
+        state.tail_block_residuals = residual[:, text.shape[1] :], residual[:, : text.shape[1]]
+        return output
+
+
+def _mend_cache(denoiser: torch.nn.Module) -> None:
+    registries = [part._diffusers_hook for part in denoiser.modules() if hasattr(part, "_diffusers_hook")]
+    (first,) = filter(None, (registry.get_hook("fbc_leader_block_hook") for registry in registries))
+    for registry in registries:
+        last = registry.get_hook("fbc_block_hook")
+        if last is not None and last.is_tail:
+            returns = [hook._metadata.return_encoder_hidden_states_index for hook in (first, last)]
+            if returns[0] is not None and returns[1] is None:
+                registry.remove_hook("fbc_block_hook", recurse=False)
+                registry.register_hook(_JoinedTail(last.state_manager, is_tail=True), "fbc_block_hook")
+
+
 # The recipes of the guide
 
 
@@ -302,7 +401,7 @@ def recipe_3(model: Model) -> DiffusionPipeline:
     return pipeline
 
 
-STARTS = {"bf16": load_bf16, "nf4": quantize_at_load, "saved nf4": load_saved_nf4}
+STARTS = {"bf16": load_bf16, "nf4": quantize_at_load, "saved nf4": load_saved_nf4, "fp8": quantize_to_fp8}
 PLACEMENTS = {
     "resident": put_resident,
     "model offload": offload_models,
@@ -352,18 +451,39 @@ VARIANTS = (
     "saved nf4, block group offload without record_stream, compiled inside",
     "saved nf4, block group offload with the rest on the card, compiled inside",
 )
+# Other ways to the same end, which have needs of their own: measured when they are asked for by their whole name.
+PEERS = (
+    "fp8, resident, eager",
+    "fp8, resident, regional compile",
+    "fp8, model offload, regional compile",
+    "saved nf4, resident, compiled inside",
+    *(f"saved nf4, resident, compiled inside, first block cache {threshold}" for threshold in (0, 0.1, 1000)),
+    "saved nf4, streamed, 8 GB, compiled inside",
+    *(f"saved nf4, streamed, 8 GB, compiled inside, first block cache {threshold}" for threshold in (0, 0.1, 1000)),
+)
 
 
 def is_streamed(name: str) -> bool:
     """Whether this names a streamed combination, of whichever limit."""
+    name, _ = split_cache(name)
     return re.fullmatch(rf"({'|'.join(STARTS)}), streamed, {LIMIT}, ({'|'.join(COMPILATIONS)})", name) is not None
 
 
 def is_combination(name: str) -> bool:
-    """Whether this names a start, a placement and a compilation, of which any three make a combination."""
+    """Whether this names a start, a placement and a compilation, of which any three make a combination.
+
+    A cache may be named behind them.
+    """
+    name, _ = split_cache(name)
     start, _, rest = name.partition(", ")
     placement, _, compilation = rest.rpartition(", ")
     return (start in STARTS and placement in PLACEMENTS and compilation in COMPILATIONS) or is_streamed(name)
+
+
+def split_cache(name: str) -> tuple[str, float | None]:
+    """The name of a combination without its cache, and the threshold of that; None if it has none."""
+    cached = CACHED.fullmatch(name)
+    return (cached[1], float(cached[2])) if cached else (name, None)
 
 
 def find_placement(placement: str, call: dict[str, Any]) -> Callable[[DiffusionPipeline, Model], None]:
@@ -383,13 +503,23 @@ def assemble(name: str, model: dict, call: dict[str, Any] | None = None) -> Diff
         pipeline = RECIPES[name](subject)
         check(pipeline, subject, name, "nf4", RECIPE_PLACEMENTS[name])
         return pipeline
-    start, *words, compilation = name.split(", ")
+    combination, threshold = split_cache(name)
+    start, *words, compilation = combination.split(", ")
     placement = ", ".join(words)
+    if threshold is not None and compilation == "regional compile":
+        raise TutorialError(
+            "A cache decides in Python, which no whole graph of a block can hold: name compiled inside, or eager."
+        )
     pipeline = STARTS[start](subject)
     steps = [find_placement(placement, call or {}), COMPILATIONS[compilation]]
     # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks, and before
     # the streaming, which measures what the compiled blocks need.
-    for step in reversed(steps) if compilation == "compiled inside" or words[0] == "streamed" else steps:
+    if compilation == "compiled inside" or words[0] == "streamed":
+        steps.reverse()
+    if threshold is not None:
+        # Around what is offloaded and compiled, so that a skipped block is neither; but streaming measures it, too.
+        steps.insert(1 if words[0] == "streamed" else 2, partial(cache_first_block, threshold=threshold))
+    for step in steps:
         step(pipeline, subject)
     check(pipeline, subject, name, start, placement)
     return pipeline
@@ -404,13 +534,19 @@ def check(pipeline: DiffusionPipeline, model: Model, name: str, start: str, plac
     for part, sizes in devices.component_footprints(pipeline).items():
         module = getattr(pipeline, part)
         # A checkpoint that comes quantized says itself which of its parts are, and how.
-        should = start != "bf16" and part in model.quantized
-        if not model.is_quantized and ("nf4" in sizes) != should:
-            has, wanted = ("nf4", "none") if "nf4" in sizes else ("no nf4", "some")
-            raise TutorialError(f"{name}: the {part} holds {has} weights and should hold {wanted}: mend this strategy.")
+        for kind in () if model.is_quantized else sorted({*WEIGHTS.values()}):
+            if (kind in sizes) != (WEIGHTS.get(start) == kind and part in model.quantized):
+                has, wanted = (kind, "none") if kind in sizes else (f"no {kind}", "some")
+                raise TutorialError(
+                    f"{name}: the {part} holds {has} weights and should hold {wanted}: mend this strategy."
+                )
         found, wanted = _how_moved(module), _how_to_move(pipeline, model, part, placement)
         if found != wanted:
             raise TutorialError(f"{name}: the {part} is {found} and should be {wanted}: mend this strategy.")
+    for part in model.denoisers:
+        cached = getattr(getattr(pipeline, part), "is_cache_enabled", False)
+        if cached != (split_cache(name)[1] is not None):
+            raise TutorialError(f"{name}: the {part} has {'a' if cached else 'no'} cache: mend this strategy.")
     if streamed := re.fullmatch(f"streamed, {LIMIT}", placement):
         handles = [module._streamed for module in devices.component_modules(pipeline).values()]
         parcels = [parcel for handle in handles for parcel in (*handle.parcels, handle.rest)]
@@ -438,7 +574,9 @@ def _how_moved(module: torch.nn.Module) -> str:
     """How a component comes to the accelerator, by its hooks; without any, where its weights are."""
     if hasattr(module, "_streamed"):
         is_whole = hasattr(module, "decode")  # a VAE comes and goes as a whole
-        in_force = is_whole or all(hasattr(block, "_streamed") for block in find_blocks(module))
+        # A block of nothing but small tensors has no parcel: it is not streamed.
+        count = sum(hasattr(block, "_streamed") for block in find_blocks(module))
+        in_force = is_whole or count == len(module._streamed.parcels)
         return "streamed" if in_force else "streamed in part"
     if is_model_offloaded(module):
         return "moved as a whole"

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.collect_env import get_nvidia_driver_version, run
 
 from helpers.errors import TutorialError
@@ -84,7 +85,8 @@ def footprint(module: torch.nn.Module) -> dict[str, int]:
     """Bytes of the weights of `module` by kind, largest first: a dtype such as "bfloat16", "nf4", or "quant_state".
 
     "nf4" are the packed 4-bit weights of bitsandbytes. "quant_state" is what it needs besides to read them: one scale
-    (absmax) per block of 64 weights and a few small tables. Tensors that share memory count once.
+    (absmax) per block of 64 weights and a few small tables. "float8_e4m3fn" is torchao's, whose scales are float32.
+    Tensors that share memory count once.
     """
     seen = set()
     sizes: dict[str, int] = {}
@@ -99,7 +101,8 @@ def footprint(module: torch.nn.Module) -> dict[str, int]:
     for tensor in (*module.parameters(), *module.buffers()):
         state = getattr(tensor, "quant_state", None)
         if state is None:
-            add(str(tensor.dtype).removeprefix("torch."), tensor)
+            for part in _plain(tensor):
+                add(str(part.dtype).removeprefix("torch."), part)
             continue
         add(state.quant_type, tensor)
         # With double quantization absmax is itself quantized: state2 holds the scales of the scales.
@@ -109,6 +112,13 @@ def footprint(module: torch.nn.Module) -> dict[str, int]:
         if state.nested:
             add("quant_state", state.offset)
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the bytes of one: torchao's, which say that they are bfloat16, wrap several."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain(getattr(tensor, name))]
 
 
 def component_footprints(pipeline: Any) -> dict[str, dict[str, int]]:

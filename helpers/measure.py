@@ -18,7 +18,7 @@ from unittest import mock
 import psutil
 import torch
 
-from helpers.devices import GB, accelerator, has_memory_statistics, reserved_gb, synchronize
+from helpers.devices import GB, accelerator, component_modules, has_memory_statistics, reserved_gb, synchronize
 
 
 def _watch_host() -> Callable[[], float]:
@@ -102,6 +102,7 @@ class Run:
     host_peak_gb: float
     output: Any = field(repr=False)
     warmups: int = 0
+    skipped: float | None = None
 
 
 def measure_load(function: Callable[[], Any]) -> tuple[Any, Load]:
@@ -120,13 +121,15 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
     The first call, compilation included, gives `first_call_s`; the `warmups` after it count for nothing; `latency_s`
     is the median of the `repeats`. The peaks are over all of them. With `pipeline`, the same calls also give `step_ms`,
     the median time from the end of one denoising step to the end of the next in the repeats; None with fewer than two
-    steps. Raises ValueError if `repeats` is below 1.
+    steps. Where a FirstBlockCache is on, `skipped` is the share of the repeats' calls of a denoiser that it cut short:
+    unless all later steps are of one kind, `step_ms` is that of the more frequent. Raises ValueError if `repeats` is
+    below 1.
     """
     if repeats < 1:
         raise ValueError("repeats must be at least 1")
     seconds: list[float] = []
     steps: list[float] = []
-    with _peaks() as peaks:
+    with _peaks() as peaks, _record_skips(pipeline) as skips:
         for index in range(1 + warmups + repeats):
             output = None  # the last one must not count in the peak of this one
             with _record_steps(pipeline) as interval_ms:
@@ -136,6 +139,8 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
                 seconds.append(time.perf_counter() - start)
             if index > warmups:
                 steps += interval_ms
+            else:
+                skips.clear()
     return Run(
         first_call_s=seconds[0],
         latency_s=statistics.median(seconds[1 + warmups :]),
@@ -145,7 +150,29 @@ def measure_run(function: Callable[[], Any], repeats: int = 3, warmups: int = 0,
         host_peak_gb=peaks["host"],
         output=output,
         warmups=warmups,
+        skipped=sum(skips) / len(skips) if skips else None,
     )
+
+
+@contextlib.contextmanager
+def _record_skips(pipeline: Any | None) -> Iterator[list[bool]]:
+    """For each call of a denoiser with a FirstBlockCache of diffusers: whether it skipped the other blocks."""
+    skips: list[bool] = []
+    parts = component_modules(pipeline).values() if hasattr(pipeline, "components") else ()
+    registries = [getattr(module, "_diffusers_hook", None) for part in parts for module in part.modules()]
+    hooks = [registry.get_hook("fbc_leader_block_hook") for registry in registries if registry is not None]
+    with contextlib.ExitStack() as stack:
+        for hook in filter(None, hooks):
+            decide = hook._should_compute_remaining_blocks
+
+            @torch.compiler.disable  # as what it stands for
+            def decide_and_record(residual: torch.Tensor, decide: Callable[..., bool] = decide) -> bool:
+                computes = decide(residual)
+                skips.append(not computes)
+                return computes
+
+            stack.enter_context(mock.patch.object(hook, "_should_compute_remaining_blocks", decide_and_record))
+        yield skips
 
 
 @contextlib.contextmanager

@@ -37,10 +37,10 @@ PLACED = re.compile(r"resident|text encoders offloaded|model offload|leaf|block|
 
 
 def predict_row(row: records.Measurement) -> Prediction | None:
-    """What is worked out for a recorded row; None if its name says no way to place weights."""
+    """What is worked out for a recorded row; None if its name says no way to place weights, or has fp8 or a cache."""
     name = NAMES.get(row.name, row.name)
     placed = PLACED.search(name)
-    if not placed or row.failure:
+    if not placed or row.failure or name.startswith("fp8") or "cache" in name:
         return None
     shape = shape_of_row(row)
     alone = (row.call or {}).get("output_type") == "latent"  # the transformer alone, loaded in host memory

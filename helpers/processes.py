@@ -72,37 +72,46 @@ def measure_in_fresh_process(
     picture: str | Path | None = None,
     timeout_s: float = 1800,
 ) -> Measurement:
-    """Load a pipeline with `load(**arguments)` and draw with it, all in a new process; returns the measurement.
+    """`measure_here` in a new process, which may take `timeout_s`. Raises TutorialError as `run_in_fresh_process`."""
+    job = {"load": load, "checkpoint": checkpoint, "name": name, "arguments": arguments}
+    job |= {"repeats": repeats, "warmups": warmups, "picture": None if picture is None else Path(picture).absolute()}
+    return run_in_fresh_process(measure_here, job, timeout_s=timeout_s, name=name)
+
+
+def measure_here(
+    load: Callable[..., Any],
+    checkpoint: Checkpoint,
+    name: str,
+    arguments: dict[str, Any] | None = None,
+    repeats: int = 3,
+    warmups: int = 0,
+    picture: str | Path | None = None,
+) -> Measurement:
+    """Load a pipeline with `load(**arguments)` and draw with it, all in this process; returns the measurement.
 
     `load` returns the pipeline, ready to be called; or the pipeline and a dictionary of arguments to call it with
     besides those of the checkpoint, of which None removes one. `repeats` and `warmups` are those of `measure_run`. With
     `picture`, a file name ending in .png, the last image is written there, a video as its frames in a row. Height,
-    width and frames of the measurement are those of what was drawn. A picture that cannot be written is missing. Raises
-    TutorialError as `run_in_fresh_process`.
+    width and frames of the measurement are those of what was drawn. A picture that cannot be written is missing.
     """
-    picture = None if picture is None else Path(picture).absolute()
+    cpu_backend.enable()
+    loaded, load_figures = measure_load(lambda: load(**(arguments or {})))
+    pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
+    pipeline.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
 
-    def load_and_run() -> Measurement:
-        cpu_backend.enable()
-        loaded, load_figures = measure_load(lambda: load(**(arguments or {})))
-        pipeline, changes = loaded if isinstance(loaded, tuple) else (loaded, {})
-        pipeline.set_progress_bar_config(disable=True)
-        call = {key: value for key, value in (checkpoint.call_arguments | changes).items() if value is not None}
+    def draw() -> Any:
+        return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
 
-        def draw() -> Any:
-            return pipeline(**call, generator=torch.Generator("cpu").manual_seed(checkpoint.seed))
-
-        run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
-        drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
-        drawn["reserved_gb"] = devices.reserved_gb()
-        drawn["steps"] = call.get("num_inference_steps")
-        drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
-        return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
-
-    return run_in_fresh_process(load_and_run, timeout_s=timeout_s, name=name)
+    run = measure_run(draw, repeats=repeats, warmups=warmups, pipeline=pipeline)
+    drawn = {} if call.get("output_type") == "latent" else _drawn(pipeline, run.output, picture)
+    drawn["reserved_gb"] = devices.reserved_gb()
+    drawn["steps"] = call.get("num_inference_steps")
+    drawn["call"] = {key: value for key, value in call.items() if isinstance(value, (str, int, float))}
+    return measurement(name, checkpoint, load_figures, run, pipeline, **drawn)
 
 
-def _drawn(pipeline: Any, output: Any, picture: Path | None) -> dict[str, int | None]:
+def _drawn(pipeline: Any, output: Any, picture: str | Path | None) -> dict[str, int | None]:
     """Height, width and frames of what a pipeline returned; the picture, or the frames in a row, go to a file."""
     kind = next((kind for kind in ("frames", "images", "image") if hasattr(output, kind)), None)
     if kind is None:

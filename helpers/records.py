@@ -50,6 +50,7 @@ class Measurement:
     warmups: int | None = None  # calls after the first that count for nothing
     latencies_s: list[float] | None = None  # of each of the `repeats` after them
     call: dict[str, Any] | None = None  # what the pipeline was called with, where that was not left to it
+    skipped: float | None = None  # share of the denoiser's calls that a cache cut short; None without a cache
     distance: float | None = None  # of its picture to another, by `helpers.quality`, in levels of 0 to 255
     failure: str | None = None  # why there are no figures, in one sentence; None if it ran
     source: str | None = None  # where a figure that was not measured here is published

@@ -148,7 +148,7 @@ class Ring:
     """
 
     def __init__(self, device: torch.device | str | None) -> None:
-        device = device or torch.accelerator.current_accelerator() or "cpu"
+        device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.device, self.size, self.memory = torch.empty(0, device=device).device, 0, None
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.queue, self.used = deque(), deque()  # (parcel, start, copied event) and (start, done event)

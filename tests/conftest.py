@@ -44,6 +44,15 @@ def whole_card():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.fixture
+def one_thread():
+    """So small operations are no faster with more, and far slower where another process has the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 WIDTH = 64  # every inner dimension is a multiple of 64, the nf4 block
 WORDS = ["cat", "dog", "face", "on", "a", "yellow", "blue", "background"]
 CALL = {

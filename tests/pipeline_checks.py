@@ -55,6 +55,37 @@ class Spy:
         return watched
 
 
+class Fp8Weight(torch.Tensor):
+    """A weight in float8 with a scale for each row, wrapped as torchao wraps it; it can be moved, and no more."""
+
+    @staticmethod
+    def __new__(cls, qdata: torch.Tensor, scale: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=torch.bfloat16, device=qdata.device)
+
+    def __init__(self, qdata: torch.Tensor, scale: torch.Tensor) -> None:
+        self.qdata, self.scale = qdata, scale
+
+    def __tensor_flatten__(self):
+        return ["qdata", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, size, stride):
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default):
+            device = (kwargs or {}).get("device")
+            return cls(args[0].qdata.to(device=device), args[0].scale.to(device=device))
+        raise NotImplementedError(function)
+
+
+def as_fp8(weight: torch.Tensor) -> torch.nn.Parameter:
+    """A weight as a start in fp8 has it, where torchao is not installed."""
+    scale = weight.detach().float().abs().amax(1, keepdim=True) / 448
+    return torch.nn.Parameter(Fp8Weight((weight / scale).to(torch.float8_e4m3fn), scale), requires_grad=False)
+
+
 def unquantized(module: torch.nn.Module) -> list[str]:
     """The linear layers of a component that are not nf4 with bfloat16 arithmetic, by name."""
     return [

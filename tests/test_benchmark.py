@@ -14,6 +14,7 @@ import time
 from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from torch._inductor import config
 from benchmarks import __main__ as program
 from benchmarks import strategies
 from helpers import cpu_backend, devices, models, processes, records
+from helpers.checkpoints import Checkpoint
 from helpers.errors import TutorialError
 from helpers.models import Model
 
@@ -138,6 +140,79 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     torch.testing.assert_close(run(f"saved nf4, streamed, {limit:.9f} GB, eager")[0], leaves)
 
 
+# Ways to place weights that change no arithmetic.
+SAME = ("resident", "model offload", "block group offload", "streamed")
+# Why a pipeline cannot be called with a scheduler, whoever measures: it is left out.
+REFUSED = "does not support custom sigmas|no attribute 'init_noise_sigma'|no attribute 'set_begin_index'|by non-int"
+REFUSED_COMPATIBLE = {"PNDMScheduler {}": "could not be broadcast together"}  # more Runge-Kutta steps than there are
+NOT_MADE = {
+    "LMSDiscreteScheduler": "requires the scipy library",
+    "DPMSolverSDEScheduler": "requires the torchsde library",
+    "EDMEulerScheduler": "'NoneType' and 'float'",  # without a lowest sigma in the configuration
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore")  # of schedulers in combinations that nobody uses
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_placements_draw_the_same_with_every_scheduler(family, checkpoint, monkeypatch):
+    """The latents of `assemble`, measured, are those of a plain pipeline, bit for bit: reports.md, R1 and R10.
+
+    With every scheduler that is compatible with that of the family, and settings that draw noise or step along a flow.
+    """
+    model = models.find_model(str(checkpoint(family)))
+    call = {"prompt": "a lighthouse", "num_inference_steps": 3, "output_type": "latent"} | tiny_pipelines.CALLS[family]
+    chosen = Checkpoint("tiny", "given", model.path, (call["prompt"],))
+    outputs, measure_run = [], processes.measure_run
+
+    def keep(function, **settings):
+        torch.manual_seed(0)  # some schedulers draw from the generator of the process, which is a new one elsewhere
+        run = measure_run(function, **settings)
+        outputs.append(run.output)
+        return run
+
+    monkeypatch.setattr(processes, "measure_run", keep)
+
+    def measured(pipeline) -> list[torch.Tensor]:
+        processes.measure_here(lambda: (pipeline, call | {"return_dict": False}), chosen, family, repeats=1)
+        return [torch.as_tensor(part) for part in outputs[-1] if part is not None]  # LTX-2: video and sound
+
+    def not_measured(pipeline) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        for _ in range(2):  # the second counts, as of the measured ones
+            output = pipeline(**call, generator=torch.Generator().manual_seed(0), return_dict=False)
+        return [torch.as_tensor(part) for part in output if part is not None]
+
+    plain = strategies.load_bf16(model).to(devices.accelerator())
+    limit = tiny_pipelines.tight_limit(strategies.load_bf16(model), call)
+    names = [f"bf16, {way}, eager".replace("streamed", f"streamed, {limit:.9f} GB") for way in SAME]
+    pipelines = {name: strategies.assemble(name, asdict(model), call) for name in names}
+    for pipeline in (plain, *pipelines.values()):
+        pipeline.set_progress_bar_config(disable=True)
+        tiny_pipelines.encode_once(pipeline)
+    made, working = tiny_pipelines.schedulers(plain), []
+    config, own = plain.scheduler.config, f"{type(plain.scheduler).__name__} {{}}"
+    for missing in {cls for cls in plain.scheduler.compatibles if f"{cls.__name__} {{}}" not in made}:
+        with pytest.raises((ImportError, TypeError), match=NOT_MADE[missing.__name__]):
+            missing.from_config(config)
+    compatible = [f"{cls.__name__} {{}}" for cls in plain.scheduler.compatibles]
+    for name in [name for name in made if name in compatible or not name.endswith("{}")]:
+        kind, settings = type(made[name]), made[name].config
+        plain.scheduler = kind.from_config(settings)
+        try:
+            expected = not_measured(plain)
+        except Exception as error:
+            reason = REFUSED_COMPATIBLE[name] if name in compatible else REFUSED
+            assert re.search(reason, str(error)), (name, error)
+            continue
+        assert all(part.isfinite().all() for part in expected), name
+        for way, pipeline in pipelines.items():
+            pipeline.scheduler = kind.from_config(settings)
+            assert all(torch.equal(*pair) for pair in zip(measured(pipeline), expected, strict=True)), (way, name)
+        working.append(name)
+    assert own in working and len(working) >= {"sdxl": 14, "pixart": 14, "sd3": 5, "wan22": 5}.get(family, 2), working
+
+
 @pytest.mark.parametrize("family", ["sd3", "sdxl", "wan22"])  # diffusers names the blocks of the last two only
 def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
     compiled = []
@@ -160,9 +235,10 @@ def test_repeated_blocks_are_compiled(family, checkpoint, monkeypatch):
 
 
 def test_combinations_are_made_of_strategies():
-    for name in (*strategies.COMBINATIONS, *strategies.VARIANTS):
+    for name in (*strategies.COMBINATIONS, *strategies.VARIANTS, *strategies.PEERS):
         if name not in strategies.RECIPES:
-            start, *placement, compilation = name.split(", ")
+            assert strategies.is_combination(name)
+            start, *placement, compilation = strategies.split_cache(name)[0].split(", ")
             assert start in strategies.STARTS and ", ".join(placement) in strategies.PLACEMENTS
             assert strategies.is_streamed(name) == ("streamed" in name)
             assert compilation in strategies.COMPILATIONS
@@ -232,7 +308,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatc
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "eager")
     assert run(monkeypatch, *options) == "4 of 6 combinations could not be measured: the table says why."
     rows = results(tmp_path / "r")
-    assert list(rows) == [name for name in program.NAMES if "eager" in name]
+    assert list(rows) == [name for name in program.SEARCHED if "eager" in name]
     failed = {name for name, row in rows.items() if row.failure == "The accelerator is out of memory: use less."}
     assert failed == {name for name in rows if name.startswith(("bf16", "saved"))}
     assert started.measured.count("save") == 1  # not once for each combination
@@ -297,8 +373,37 @@ def test_any_combination_can_be_named(checkpoint, started, monkeypatch, tmp_path
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
     assert run(monkeypatch, *options, "saved nf4, resident, eager") == ""
     assert started.measured == ["save", "saved nf4, resident, eager"]
-    for name in ("saved nf4, residing, eager", "saved nf4, eager", "fp8, resident, eager", "saved nf4, , eager"):
+    for name in ("saved nf4, residing, eager", "saved nf4, eager", "int8, resident, eager", "saved nf4, , eager"):
         assert "No combination contains" in run(monkeypatch, *options, name)
+
+
+def test_fp8_and_caches_are_measured_by_their_whole_name(checkpoint, started, monkeypatch, tmp_path):
+    """What most cards cannot do is no failure of those who asked for something else."""
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "resident", "streamed, 8 GB") == ""
+    others = [name for name in started.measured if "fp8" in name or "cache" in name]
+    assert others == [] and "nf4, resident, full compile" in started.measured
+    peers = ["bf16, resident, eager, first block cache 0.1", "fp8, resident, regional compile", "fp8, resident, eager"]
+    assert run(monkeypatch, *options, *peers) == ""
+    assert sorted(started.measured[-3:]) == sorted(peers)
+    distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
+    assert all(distances[name] > 0 for name in peers) and distances["bf16, resident, eager"] == 0
+
+
+def test_a_cached_row_without_a_compiler(checkpoint, started, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_backend, "check_compiler", mock.Mock(side_effect=TutorialError("There is none.")))
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "bf16, resident, eager, first block cache 0.1") == ""
+    assert "1 of 1" in run(monkeypatch, *options, "bf16, resident, compiled inside, first block cache 0.1")
+
+
+def test_a_row_is_compared_when_the_first_combination_comes_later(checkpoint, started, monkeypatch, tmp_path):
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    assert run(monkeypatch, *options, "fp8, resident, eager") == ""
+    assert results(tmp_path / "r")["fp8, resident, eager"].distance is None
+    assert run(monkeypatch, *options, "bf16, resident, eager") == ""
+    distances = {name: row.distance for name, row in results(tmp_path / "r").items()}
+    assert distances["bf16, resident, eager"] == 0 and distances["fp8, resident, eager"] > 0
 
 
 def test_folders_of_the_same_name_have_files_of_their_own(checkpoint, started, monkeypatch, tmp_path):
@@ -547,6 +652,6 @@ def test_killed_and_resumed(checkpoint, cache, monkeypatch, tmp_path, capsys):
     assert first.distance == 0 and 0 < second.distance < 25 and second.spread_s == 0
     values = json.loads(next((tmp_path / "r").glob("*.json")).read_text())[1]
     of_cards = {"load_peak_gb", "run_peak_gb", "reserved_gb"}
-    optional = {"driver", "failure", "source"} | (of_cards if devices.accelerator().type == "cpu" else set())
+    optional = {"driver", "failure", "source", "skipped"} | (of_cards if devices.accelerator().type == "cpu" else set())
     assert {name for name, value in values.items() if value is None} <= optional
     assert values["call"]["prompt"] == program.PROMPT

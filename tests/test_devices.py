@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from pipeline_checks import as_fp8
 
 from helpers import devices
 from helpers.errors import TutorialError
@@ -26,6 +27,15 @@ def test_footprint_of_double_quantization():
     layer = Linear4bit(64, 128, bias=False, quant_type="nf4", compress_statistics=True).to(devices.accelerator())
     # One byte per scale, one float32 per 256 scales, the two tables (16 and 256 levels), and the offset.
     assert devices.footprint(layer)["quant_state"] == 128 + 4 + 16 * 4 + 256 * 4 + 4
+
+
+def test_footprint_of_wrapped_weights():
+    """As torchao's, which call themselves bfloat16 and have no address."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 16, bias=False))
+    for layer in model:
+        layer.weight = as_fp8(layer.weight)
+    assert model[0].weight.dtype == torch.bfloat16 and model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    assert devices.footprint(model) == {"float8_e4m3fn": 8 * 8 + 16 * 8, "float32": 4 * (8 + 16)}
 
 
 def test_footprint_counts_shared_weights_once_and_buffers_too():

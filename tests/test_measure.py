@@ -1,12 +1,11 @@
 import time
 
-import diffusers
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from conftest import draw
-from diffusers.schedulers import SchedulerMixin
+from diffusers.hooks import FirstBlockCacheConfig
 from tqdm import tqdm
 
 from helpers import cpu_backend, devices, measure
@@ -151,37 +150,26 @@ def test_step_ms_of_a_pipeline(bf16_pipeline):
     assert run.step_ms is None
 
 
+def test_skipped_is_the_share_of_the_repeats(bf16_pipeline):
+    run = measure.measure_run(lambda: draw(bf16_pipeline), repeats=1, pipeline=bf16_pipeline)
+    assert run.skipped is None  # without a cache
+    bf16_pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1000))
+    expected = draw(bf16_pipeline)
+    steps = iter([3, 3, 3, 1])  # with a single step nothing is skipped
+
+    def call():
+        return draw(bf16_pipeline, num_inference_steps=next(steps))
+
+    run = measure.measure_run(call, repeats=2, warmups=1, pipeline=bf16_pipeline)
+    assert run.skipped == 2 / 4
+    assert measure.measure_run(lambda: draw(bf16_pipeline), repeats=2, pipeline=bf16_pipeline).skipped == 2 / 3
+    np.testing.assert_array_equal(draw(bf16_pipeline), expected)
+    hook = bf16_pipeline.transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+    assert "_should_compute_remaining_blocks" not in vars(hook)
+
+
 STEPS = 3
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-SETTINGS = [  # with which a scheduler draws noise, steps along a flow, or can take few steps
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"} | FLOW),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
-    ("PNDMScheduler", {"skip_prk_steps": True}),
-    ("UniPCMultistepScheduler", FLOW),
-]
 WORKING = {"sd3": 20, "sdxl": 20, "pixart": 20, "wan22": 20}  # so many at the least; 4 of the other families
-
-
-def schedulers(pipeline) -> dict[str, SchedulerMixin]:
-    """Every scheduler of diffusers that can be made from the configuration of the pipeline's own, by its name."""
-    plain = [(name, {}) for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
-    made = {}
-    for name, settings in [*plain, *SETTINGS]:
-        try:
-            made[f"{name} {settings}"] = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
-        except Exception:  # a library that is not installed, or a configuration of another kind
-            continue
-    return made
-
-
-@pytest.fixture
-def one_thread():
-    """So small operations are no faster with more, and far slower where another process has the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -191,14 +179,8 @@ def test_measuring_changes_no_picture(family):
     """With every scheduler that the pipeline can be called with when nobody measures; the others are left out."""
     pipeline = tiny_pipelines.build(family).to(devices.accelerator())
     pipeline.set_progress_bar_config(disable=True)
-    encode, encoded, pictures = pipeline.encode_prompt, [], []
-
-    def encode_once(*args, **kwargs):  # it has no part in this and takes most of the time
-        if not encoded:
-            encoded.append(encode(*args, **kwargs))
-        return encoded[0]
-
-    pipeline.encode_prompt = encode_once
+    tiny_pipelines.encode_once(pipeline)
+    pictures = []
 
     def call() -> None:
         torch.manual_seed(0)  # some schedulers draw their noise from the generator of the process
@@ -213,7 +195,7 @@ def test_measuring_changes_no_picture(family):
         pictures.append([torch.as_tensor(part) for part in output if part is not None])  # LTX-2: video and sound
 
     working = []
-    for name, scheduler in schedulers(pipeline).items():
+    for name, scheduler in tiny_pipelines.schedulers(pipeline).items():
         pipeline.scheduler = scheduler
         pictures.clear()
         try:

@@ -202,6 +202,13 @@ def test_errors_against_every_recorded_row():
     assert text.count("recorded, ") == sum(not error["hit"] for error in found)
 
 
+@pytest.mark.parametrize("name", ["fp8, resident, eager", "saved nf4, resident, eager, first block cache 0.1"])
+def test_peers_are_not_worked_out(name):
+    row = Measurement(name, model="flux", device="NVIDIA H200", latency_s=5.0)
+    assert prediction_errors.predict_row(dataclasses.replace(row, name="saved nf4, resident, eager")) is not None
+    assert prediction_errors.predict_row(row) is None
+
+
 def fit_without(model, monkeypatch):
     """Fit all factors but those of decoding to the rows of the other model, each in turn."""
     decoding = ("picture", "clip", "tiles")

@@ -21,7 +21,7 @@ def test_measurement_says_what_where_and_on_what(bf16_pipeline):
     assert record.repeats == 3 and record.torch == torch.__version__
     total = sum(sum(sizes.values()) for sizes in devices.component_footprints(bf16_pipeline).values())
     assert record.footprint_gb == total / 1e9
-    optional = {"driver", "frames", "distance", "failure", "source", "reserved_gb"}
+    optional = {"driver", "frames", "distance", "skipped", "failure", "source", "reserved_gb"}
     assert {name for name, value in asdict(record).items() if value is None} <= optional
 
 

@@ -1,7 +1,9 @@
 """What the strategies do to nf4 weights, on pocket-flux. That they draw the right picture is in test_benchmark.py."""
 
 import re
+import tomllib
 from dataclasses import asdict, replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import CALL, draw, message_of
 from diffusers import WanTransformer3DModel
+from pipeline_checks import as_fp8
 
 from benchmarks import strategies
-from helpers import cpu_backend, devices, models
+from helpers import cpu_backend, devices, measure, models
 from helpers.checkpoints import PACKAGE_ROOT
 from helpers.errors import TutorialError
 from helpers.residency import record_residency
@@ -114,6 +117,146 @@ def test_placements_of_a_pipeline_for_precomputed_embeddings(placement):
     strategies.find_placement(placement, CALL | call)(bare, model)
     strategies.check(bare, model, placement, "nf4", placement)
     np.testing.assert_array_equal(draw(bare, **call), expected)
+
+
+# float8
+
+
+def has_card(monkeypatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_fp8_says_what_is_missing(monkeypatch):
+    model = asdict(models.find_model(PATH))
+    monkeypatch.setattr(strategies.importlib.util, "find_spec", lambda name: None)
+    needed = tomllib.loads((PACKAGE_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["fp8"]
+    sentence = message_of(strategies.assemble, "fp8, resident, regional compile", model)
+    assert f'pip install "{needed[0]}"' in sentence
+    monkeypatch.setattr(strategies.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cpu"))
+    assert "compute capability 8.9 or higher" in message_of(strategies.assemble, "fp8, resident, eager", model)
+    has_card(monkeypatch, (8, 6))
+    assert "and this is a card: measure nf4" in message_of(strategies.assemble, "fp8, resident, eager", model)
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        has_card(monkeypatch, capability)
+        strategies.check_fp8()
+
+
+@pytest.mark.parametrize("placement", ["resident", "model offload"])
+def test_fp8_of_torchao(placement, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization.quant_api", reason="torchao is an extra")
+    if DEVICE.type == "cpu":  # where its products are the same, only slow
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+            pytest.skip("an older torch has no products of float8 with a scale for each row on a CPU")
+        monkeypatch.setattr(strategies, "check_fp8", lambda: None)
+        monkeypatch.setattr(quantization, "_check_hardware_support", lambda granularity: None)
+    model = models.find_model(PATH)
+    pipelines = [strategies.assemble(f"{start}, {placement}, eager", asdict(model)) for start in ("bf16", "fp8")]
+    bf16, fp8 = (devices.component_footprints(pipeline) for pipeline in pipelines)
+    assert fp8["vae"] == bf16["vae"] and fp8["text_encoder"] == bf16["text_encoder"]
+    for name in model.quantized:
+        assert 0.5 < sum(fp8[name].values()) / sum(bf16[name].values()) < 0.6
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    assert 0 < np.abs(draw(pipelines[0]) - draw(pipelines[1])).mean() < 0.02
+    assert "cannot be streamed" in message_of(strategies.assemble, "fp8, streamed, 1 GB, eager", asdict(model), CALL)
+
+
+# A cache
+
+
+def assemble_cached(family, tmp_path, placement, threshold=None):
+    """A pipeline of a family with a cache: a function that measures it in four steps."""
+    if not tmp_path.joinpath("model_index.json").exists():
+        tiny_pipelines.save(family, tmp_path)
+    model = models.find_model(str(tmp_path))
+    call = {"prompt": "cat", "num_inference_steps": 4, "output_type": "latent"} | tiny_pipelines.CALLS[family]
+    call |= {"guidance_scale": 1.0}
+    if placement == "streamed":
+        placement = f"streamed, {tiny_pipelines.tight_limit(strategies.load_bf16(model), call):.9f} GB"
+    cache = "" if threshold is None else f", first block cache {threshold}"
+    pipeline = strategies.assemble(f"bf16, {placement}, eager{cache}", asdict(model), call)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipeline(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+
+    return lambda: measure.measure_run(run, repeats=1, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(("family", "share"), [("flux2", 0.75), ("wan22", 0.5)])  # Wan has two transformers
+def test_a_cache_skips_what_its_threshold_says(family, share, tmp_path):
+    plain = assemble_cached(family, tmp_path, "resident")()
+    skipped = assemble_cached(family, tmp_path, "resident", 1000)()
+    assert plain.skipped is None and skipped.skipped == share
+    assert (skipped.output - plain.output).abs().mean() > 1e-3
+    for placement in ("block group offload", "streamed"):
+        assert torch.equal(assemble_cached(family, tmp_path, placement, 1000)().output, skipped.output)
+    computed = assemble_cached(family, tmp_path, "streamed", 0)()
+    assert computed.skipped == 0 and torch.equal(computed.output, plain.output)
+
+
+@pytest.mark.parametrize("path", ["flux2", PATH])
+def test_a_skipped_step_adds_what_the_last_one_added(path, tmp_path):
+    """The same input twice: the second time the other blocks are skipped, and the output is the same."""
+    path = path if path == PATH else str(tiny_pipelines.save(path, tmp_path))
+    model = models.find_model(path)
+    pipeline = strategies.assemble("bf16, resident, eager, first block cache 0", asdict(model))
+    pipeline.transformer.float()  # so that nothing is rounded
+    forward, outputs = pipeline.transformer.forward, []
+
+    def twice(*args, **kwargs):
+        kwargs = {key: value.float() if torch.is_tensor(value) else value for key, value in kwargs.items()}
+        outputs.extend(forward(*args, **kwargs)[0] for _ in range(2))
+        return (outputs[-1],)
+
+    pipeline.transformer.forward = twice
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    run = measure.measure_run(lambda: draw(pipeline, **call), repeats=1, pipeline=pipeline)
+    assert run.skipped == 0.5 and len(outputs) == 8
+    for first, second in zip(outputs[::2], outputs[1::2], strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_a_cache_lies_around_what_is_compiled_and_offloaded(tmp_path, monkeypatch):
+    order = []
+    for name in ("offload_blocks", "compile_inside", "cache_first_block", "stream"):
+        monkeypatch.setattr(strategies, name, partial(lambda name, *_, **__: order.append(name), name))
+    monkeypatch.setattr(strategies, "check", lambda *_: None)
+    monkeypatch.setitem(strategies.PLACEMENTS, "block group offload", strategies.offload_blocks)
+    monkeypatch.setitem(strategies.COMPILATIONS, "compiled inside", strategies.compile_inside)
+    for placement in ("block group offload", "streamed, 1 GB"):
+        name = f"bf16, {placement}, compiled inside, first block cache .1"
+        strategies.assemble(name, asdict(models.find_model(PATH)), CALL)
+    assert order[:3] == ["compile_inside", "offload_blocks", "cache_first_block"]  # a skipped block is not copied
+    assert order[3:] == ["compile_inside", "cache_first_block", "stream"]  # what it keeps is measured
+
+
+def test_a_cache_that_cannot_be(tmp_path, monkeypatch):
+    for family in ("sd3", "sdxl", "ltx2"):
+        model = models.find_model(str(tiny_pipelines.save(family, tmp_path / family)))
+        sentence = message_of(strategies.assemble, "bf16, resident, eager, first block cache 0.1", asdict(model))
+        assert "leave the cache out" in sentence
+    name = "bf16, resident, regional compile, first block cache 0.1"
+    assert "name compiled inside" in message_of(strategies.assemble, name, asdict(model))
+    monkeypatch.setattr(strategies, "cache_first_block", lambda *_, **__: None)
+    model = asdict(models.find_model(PATH))
+    with pytest.raises(TutorialError, match="the transformer has no cache: mend this strategy"):
+        strategies.assemble("bf16, resident, eager, first block cache 0.1", model)
+
+
+@pytest.mark.parametrize("threshold", ["0", "0.1", ".5", "1000"])
+def test_any_threshold_can_be_named(threshold):
+    for name in ("bf16, resident, eager", "saved nf4, streamed, 5 GB, compiled inside"):
+        assert strategies.is_combination(f"{name}, first block cache {threshold}")
+        assert strategies.split_cache(f"{name}, first block cache {threshold}") == (name, float(threshold))
+
+
+@pytest.mark.parametrize("cache", ["first block cache", "first block cache x", "first block cache -1", "a cache 0.1"])
+def test_other_words_name_no_cache(cache):
+    assert not strategies.is_combination(f"bf16, resident, eager, {cache}")
 
 
 # Streaming
@@ -355,6 +498,20 @@ def quantize_the_transformer_only(model):
     return strategies.quantize_at_load(replace(model, quantized=("transformer",)))
 
 
+def make_fp8(model, parts=None):
+    """A pipeline in float8, where torchao is not installed."""
+    pipeline = strategies.load_bf16(model)
+    for name in parts or model.quantized:
+        for layer in getattr(pipeline, name).modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight = as_fp8(layer.weight)
+    return pipeline
+
+
+def make_all_fp8(model):
+    return make_fp8(model, (*model.denoisers, *model.text_encoders))
+
+
 @pytest.mark.parametrize(
     ("start", "loader", "fault"),
     [
@@ -362,6 +519,9 @@ def quantize_the_transformer_only(model):
         ("nf4", quantize_the_transformer_only, "the text_encoder_2 holds no nf4 weights and should hold some"),
         ("saved nf4", strategies.load_bf16, "the text_encoder_2 holds no nf4 weights and should hold some"),
         ("bf16", strategies.quantize_at_load, "the text_encoder_2 holds nf4 weights and should hold none"),
+        ("fp8", strategies.load_bf16, "the text_encoder_2 holds no float8_e4m3fn weights and should hold some"),
+        ("nf4", make_fp8, "the text_encoder_2 holds float8_e4m3fn weights and should hold none"),
+        ("fp8", make_all_fp8, "the text_encoder holds float8_e4m3fn weights and should hold none"),
     ],
 )
 def test_a_start_with_other_weights_than_its_name_says(start, loader, fault, monkeypatch):

@@ -7,6 +7,7 @@ here needs the network.
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers import (
@@ -47,6 +48,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from diffusers.schedulers import SchedulerMixin
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +61,14 @@ ROPE = (8, 12, 12)  # adds up to HEAD
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 VOCABULARY = 128
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SETTINGS = [  # with which a scheduler draws noise, steps along a flow, or can take few steps
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"} | FLOW),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("UniPCMultistepScheduler", FLOW),
+]
 CALLS = {
     "sd3": {"height": 32, "width": 32},
     "sdxl": {"height": 32, "width": 32},
@@ -456,6 +466,18 @@ FAMILIES = {
 }
 
 
+def schedulers(pipeline) -> dict[str, SchedulerMixin]:
+    """Every scheduler of diffusers that can be made from the configuration of the pipeline's own, by its name."""
+    plain = [(name, {}) for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
+    made = {}
+    for name, settings in [*plain, *SETTINGS]:
+        try:
+            made[f"{name} {settings}"] = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
+        except Exception:  # a library that is not installed, or a configuration of another kind
+            continue
+    return made
+
+
 def build(family: str) -> DiffusionPipeline:
     """The pipeline of a family, with weights of a fixed seed, in bfloat16."""
     torch.manual_seed(0)
@@ -466,6 +488,18 @@ def save(family: str, folder: Path) -> Path:
     """Writes the checkpoint of a family into `folder`, which is returned."""
     build(family).save_pretrained(folder)
     return folder
+
+
+def encode_once(pipeline: DiffusionPipeline) -> None:
+    """Let a pipeline keep what its text encoders make of the first prompt: it takes most of the time of a call."""
+    encode, encoded = pipeline.encode_prompt, []
+
+    def encode_prompt(*args, **kwargs) -> Any:
+        if not encoded:
+            encoded.append(encode(*args, **kwargs))
+        return encoded[0]
+
+    pipeline.encode_prompt = encode_prompt
 
 
 def tight_limit(pipeline: DiffusionPipeline, call: dict[str, Any]) -> float:

@@ -147,7 +147,9 @@ def main() -> None:
     cpu_backend.enable()
     sprites = load_sprites(args.font)
     names = json.loads((Path(args.checkpoint) / "names.json").read_text())["names"]
-    clips = Clips({name: sprites[name] for name in names}, torch.accelerator.current_accelerator() or "cpu")
+    clips = Clips(
+        {name: sprites[name] for name in names}, torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    )
     chosen = {
         split: random.Random(args.seed).sample(triples, min(args.triples, len(triples)))
         for split, triples in zip(("training", "held out"), split_triples(names), strict=True)
