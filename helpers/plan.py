@@ -97,7 +97,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     if row is None:
         figures["least"] = Figure(f"{made.least_gb:.1f} GB reserved", "all blocks streamed; decoding may be half off")
     if made.tiled:
-        figures["decoding"] = Figure("in tiles", f"whole it needs more than {limit:g} GB: worked out")
+        figures["decoding"] = Figure("in tiles", f"whole it needs more than {given:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
     if host_gb > left_gb:
         problem = f"It takes {host_gb:.1f} GB of host memory, and {request.ram_gb:g} GB leave {left_gb:.1f} beside the "

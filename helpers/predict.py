@@ -157,7 +157,7 @@ def predict(
     copied, tiled, least, streamed_gb = blocks / shape.denoisers, False, 0.0, 0.0
     # Weights on the card in the steps and while it decodes; in the host at its highest; what a step waits for; and
     # what PyTorch had reserved before, and keeps.
-    host, steps, decoding, step_ms, kept = 0.0, together, vae, compute, 0.0
+    host, steps, decoding, step_ms, kept = 0.0, together / shape.denoisers, vae, compute, 0.0
     if placement == "resident":
         steps = decoding = on_load = shape.weights
         host = {"saved nf4": file, "bf16": shape.largest_file, "nf4": read_at_once(shape)}[start]

@@ -319,6 +319,14 @@ def drawing(recorded, **changes):
     return made.lines[-1], made.figures["a step"], made.figures["a picture"].text
 
 
+def test_model_offload_has_one_of_two_experts_on_the_card():
+    both, one = (KNOWN[REPOSITORIES[model]] for model in ("wan22", "wan"))
+    call = Call(480, 832, 81, 50)
+    made = [predict.predict(shape, CARDS["H100"], call, "model offload") for shape in (both, one)]
+    assert made[0].reserved_gb == pytest.approx(made[1].reserved_gb)
+    assert made[0].host_peak_gb - made[1].host_peak_gb == pytest.approx((both.weights - one.weights) / 1e9)
+
+
 def test_what_the_authors_advise_is_typed_unless_it_is_asked_otherwise():
     line, step, _ = drawing(rows_of_zimage())
     assert line.endswith("--memory-gb 11 --steps 9 --guidance-scale 0") and step.reason.endswith(
@@ -430,6 +438,13 @@ def test_the_command(capsys):
     printed = capsys.readouterr().out
     assert "python programs/save_nf4.py black-forest-labs/FLUX.1-dev nf4-flux.1-dev\n" in printed
     assert "RTX 4070" in printed and re.search(r"memory of the card +10\.\d GB reserved +row of 11 GB, H100", printed)
+    plan.main([ZIMAGE, "--card", "8", "--ram", "32"])
+    assert "--memory-gb 4 --steps 9 --guidance-scale 0\n" in capsys.readouterr().out
+    plan.main([ZIMAGE, "--card", "8", "--ram", "32", "--steps", "30", "--guidance-scale", "5"])
+    printed = capsys.readouterr().out
+    assert (
+        "--steps 30 --guidance-scale 5 --compile\n" in printed and "forwards in a step: 2, in the row's: 1" in printed
+    )
     plan.main(["--check"])
     assert "within 25%. Misses:" in capsys.readouterr().out
 
