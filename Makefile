@@ -4,7 +4,7 @@ PYTHON ?=
 export PYTHON
 python := .venv/bin/python
 
-.PHONY: help setup run lab test benchmark chart site links newest clean
+.PHONY: help setup run lab test benchmark chart site links test-browser newest clean
 
 help:
 	@echo "make run     execute every notebook, write web pages of what that gave under build/"
@@ -14,6 +14,8 @@ help:
 	@echo "             measure combinations of quantization, offloading and compilation; ARGS='--help' lists the options"
 	@echo "make site    web pages of the lessons as they are stored, and of README and results, under build/site/"
 	@echo "make links   look up every link to elsewhere on the web"
+	@echo "make test-browser"
+	@echo "             the lessons in JupyterLab and their web pages in a real browser; wants Chromium or Chrome on PATH"
 	@echo "make clean   remove what these made: .venv, build/ and caches"
 
 setup:
@@ -28,7 +30,8 @@ lab: setup
 	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
 	exec $(python) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
 		--ServerApp.contents_manager_class=tools.lab_contents.LessonContents \
-		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root
+		--LabApp.app_settings_dir="$(CURDIR)/tools/lab" --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $$root $(ARGS)
 
 # Unit tests and lessons run in two processes of one thread each, which tiny models are faster on.
 # The same on every machine: pocket checkpoints, a cold compile cache, nobody's IPython profile. nbval's stored outputs
@@ -59,6 +62,12 @@ site: setup
 
 links: setup
 	@$(python) tools/pages.py --links $(ARGS)
+
+# Seven minutes on two quiet cores. The browser is the system's; what drives it is installed here and not by setup,
+# for nothing else needs it.
+test-browser: setup
+	@$(python) -m pip install --quiet --group browser
+	@$(python) tools/browser.py $(ARGS)
 
 # For the weekly run of CI: requirements.txt becomes the newest set that the ranges of pyproject.toml allow.
 newest: setup

@@ -1,6 +1,7 @@
 """`make lab`: no pop-up, and a notebook that is not unsaved as soon as it opens."""
 
 import asyncio
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,11 @@ LAB = re.search(r"(?s)-m jupyterlab (.*?)\n\n", (ROOT / "Makefile").read_text())
 
 def test_nobody_is_asked_for_news():
     app = LabApp()
-    app.parse_command_line(re.findall(r"--LabApp\.\S+", LAB))
+    app.parse_command_line(re.findall(r"--LabApp\.\S+", LAB.replace('"', "").replace("$(CURDIR)", str(ROOT))))
     assert app.news_url is None and app.check_for_updates_class is NeverCheckForUpdate
+    # Without a setting the front end asks whether to, whatever the address of the news.
+    settings = json.loads((Path(app.app_settings_dir) / "overrides.json").read_text())
+    assert settings["@jupyterlab/apputils-extension:notification"] == {"fetchNews": "false"}
 
 
 def test_a_notebook_has_the_metadata_of_the_kernel_that_opens_it():

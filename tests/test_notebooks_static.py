@@ -1,9 +1,11 @@
 """Every committed notebook passes every static check."""
 
+import copy
 import re
 
 import nbformat
 import pytest
+from colab_cells import REPOSITORY, write_cell
 from notebook_checks import (
     CHECKS,
     DIGESTS,
@@ -29,6 +31,15 @@ def test_there_are_notebooks():
 def test_notebook(path, check):
     problems = check(nbformat.read(path, as_version=4))
     assert not problems, "\n".join([path.name, *problems])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_each_notebook_begins_with_the_cell_for_colab(path):
+    notebook = nbformat.read(path, as_version=4)
+    written = copy.deepcopy(notebook)
+    write_cell(written, path.name, REPOSITORY)
+    assert written == notebook, "Call `python tools/colab_cells.py && python tests/notebook_checks.py`."
+    assert notebook.cells[1].outputs == []
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -61,6 +61,7 @@ def repository(tmp_path_factory):
     picture = new_output("display_data", data={"image/png": PIXEL})
     widget = new_output("display_data", data={pages.WIDGET: {"model_id": "1"}, "text/plain": "a slider"})
     one = tiny_notebook(
+        new_code_cell("import os  # on Colab", id="colab"),
         new_markdown_cell("## 1. A\n\nLook at the **first** [one](02_two.ipynb), `load_s`. It is small."),
         new_code_cell("first", outputs=[picture, widget]),
         new_code_cell("assert not 'for authors'[99:]", metadata={"tags": ["check"]}),
@@ -107,7 +108,7 @@ def test_a_notebook_without_its_checks_with_messages_for_pictures_and_clips(site
     assert re.findall(r'<img alt="([^"]*)"', page) == [first, second]
     assert re.findall(r'<video aria-label="([^"]*)" controls', page) == [second]
     assert "data:video/mp4;base64,AAAA" in page and "$ printed" in page
-    assert "for authors" not in page and "a slider" not in page and pages.WIDGET not in page
+    assert "for authors" not in page and "on Colab" not in page and "a slider" not in page and pages.WIDGET not in page
 
 
 def test_each_picture_and_clip_of_the_lessons_has_a_message_of_its_own():

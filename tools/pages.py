@@ -56,7 +56,7 @@ def picture_message(notebook: nbformat.NotebookNode, index: int) -> str:
 
 
 def page_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook for a page: checks and live widgets left out, pictures and clips with their message."""
+    """A notebook for a page: checks, Colab's cell and live widgets left out, pictures and clips with their message."""
     page = nbformat.from_dict(notebook)
     page.metadata = nbformat.from_dict({"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
     for index, cell in enumerate(page.cells):
@@ -69,7 +69,7 @@ def page_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if "text/html" in output.get("data", {}):
                 output.data["text/html"] = output.data["text/html"].replace("<video ", f"<video {label} ")
-    page.cells = [cell for cell in page.cells if "check" not in cell.metadata.get("tags", [])]
+    page.cells = [cell for cell in page.cells if "check" not in cell.metadata.get("tags", []) and cell.id != "colab"]
     return page
 
 
