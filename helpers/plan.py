@@ -108,10 +108,13 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
 def _choose(
     rows: Sequence[records.Measurement], shape: Shape, card: Card, call: Call, limit: float
 ) -> tuple[records.Measurement | None, float]:
-    """The row of this limit or the next lower, and the limit to type: the row's, unless more makes a step faster."""
+    """The row of this limit or the next lower, and the limit to type: the row's, unless more makes a step faster.
+
+    Of several rows those of the same card come first, then the fastest: a quiet machine's.
+    """
     fits = [row for row in rows if STREAMED.fullmatch(row.name) and row.reserved_gb and _limit(row) <= limit]
     fits = [row for row in fits if (row.height, row.width, row.frames or 1) == (call.height, call.width, call.frames)]
-    row = max(fits, key=_limit, default=None)
+    row = max(fits, key=lambda row: (_limit(row), find_card(row.device)[1] == card, -row.latency_s), default=None)
     if row is None:
         return None, limit
     fast, now = (predict(shape, card, call, limit_gb=gb).step_ms for gb in (limit, _limit(row)))
@@ -127,7 +130,8 @@ def _compile_s(rows: Sequence[records.Measurement]) -> tuple[float, str]:
     resident = [row for row in rows if row.name == RESIDENT and row.first_call_s]
     if not resident:
         return COMPILE_S, "as for FLUX and Wan"
-    return max(row.first_call_s - row.latency_s for row in resident), f"row of {find_card(resident[0].device)[0]}"
+    slowest = max(resident, key=lambda row: row.first_call_s - row.latency_s)
+    return slowest.first_call_s - slowest.latency_s, f"row of {find_card(slowest.device)[0]}"
 
 
 def _drawing(
@@ -144,7 +148,7 @@ def _drawing(
     speed = f"{card.tflops:g} Tflop/s and {card.bus:g} GB/s of the {name}"
     reserved_gb, host_gb, step_s = made.reserved_gb, made.host_peak_gb, made.step_ms / 1e3
     outside_s = made.latency_s - call.steps * step_s
-    memory, host = "worked out: weights, workspace of this size", "worked out: all weights, the largest part twice"
+    memory, host = "worked out: weights, workspace of this size", "worked out: all weights, and a file of them"
     step, begin_s = f"worked out: operations, and {speed}", START_S * shape.weights / GB + step_s
     begin = "worked out: 4 to 6 s for each GB in the rows, and one step"
     if row is not None:
@@ -156,7 +160,7 @@ def _drawing(
         outside_s *= (row.latency_s - row.steps * row.step_ms / 1e3) / (
             base.latency_s - call.steps * base.step_ms / 1e3
         )
-        host_gb, host = row.host_peak_gb, of
+        host_gb, host = (row.host_peak_gb, of) if row.host_peak_gb else (host_gb, host)
         if given == _limit(row):
             reserved_gb, memory = row.reserved_gb, of
         step = of if there_name == name else f"{of}, carried over: {speed}"

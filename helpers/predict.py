@@ -5,6 +5,7 @@ recorded row beside what is worked out for it.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,13 @@ FITTED = {  # each factor, and what it was fitted to
     "compiled": (2.0, "times tokens x widest layer x 2 bytes, in a compiled step: model offload"),
     "eager": (3.7, "the same, not compiled"),
     "picture": (4.8, "times pixels x channels x 2 bytes, to decode a picture: resident FLUX"),
+    "one frame": (11.1, "the same for a picture, by a VAE that decodes videos in parts: resident Qwen-Image"),
     "clip": (7.6, "the same for frames that are decoded together: resident Wan"),
     "tiles": (0.5, "of that, to decode in tiles: lesson 3"),
     "reserved": (1.2, "bytes reserved for one of workspace: both models on the H100"),
     "filled": (0.98, "of a limit that fill_card uses, and 1.03 of what it must have: FLUX streamed"),
-    "host": (1.0, "GB of the process without weights: all starts"),
+    "host": (1.1, "GB of the process without weights: all starts"),
+    "file": (1.2, "GB of the host for a file of saved nf4, of 1 GB each: four models, resident and streamed"),
     "pageable": (5.9, "GB of the host beside the weights in model offload, but for a small model"),
     "leaf": (1.78, "times the weights in host memory, pinned leaf by leaf"),
     "block": (2.35, "times the weights in host memory, pinned block by block"),
@@ -38,7 +41,6 @@ FITTED = {  # each factor, and what it was fitted to
     "pixels": (0.075, "s to decode a million pixels, on an H100"),
     "moved": (0.5, "s for each GB of model offload, there and back from pageable memory"),
 }
-NF4_FILE = 1e9  # bytes of a file that save_nf4.py writes
 FIT = {name: value for name, (value, _) in FITTED.items()}
 
 
@@ -103,7 +105,7 @@ def workspace(shape: Shape, call: Call, compiled: bool = True) -> tuple[float, f
     count = tokens(shape, call) + any(kind.joint for kind in shape.kinds) * shape.text
     step = 2 * shape.widest * (FIT["compiled" if compiled else "eager"] * count + width)
     together = min(call.frames, shape.temporal if shape.in_parts else call.frames)
-    factor = FIT["picture" if call.frames == 1 else "clip"]
+    factor = FIT["clip" if call.frames > 1 else "one frame" if shape.in_parts else "picture"]
     pixels = call.height * call.width
     clip = 6.0 * pixels * call.frames if call.frames > 1 else 0  # the frames drawn, in bf16
     return step, (factor * 2 * pixels * together * shape.vae_channels + clip) * (shape.vae_channels > 0)
@@ -149,7 +151,9 @@ def predict(
     encoders, together = sum(part.bytes for part in shape.encoders), blocks + rest
     step_space, decode_space = workspace(shape, call, compiled)
     nf4 = sum(kind.count * kind.nf4 for kind in shape.kinds) + shape.rest.nf4
-    file = shape.largest if whole_files else max(NF4_FILE, shape.largest_tensor)  # in the host beside what is loaded
+    # A file is in the host beside what is loaded of it.
+    file = shape.largest if whole_files else max(GB * FIT["file"], shape.largest_tensor)
+    file = shape.largest_file if start == "bf16" else file
     states = (nf4 + sum(part.nf4 for part in shape.encoders)) / 16  # the scales, four bytes for 64 weights
     quantized = nf4 and shape.weights - vae - sum(part.bytes for part in shape.encoders if not part.nf4)
     on_load = {"saved nf4": 0.0, "bf16": 0.0, "nf4": quantized}[start]
@@ -160,8 +164,7 @@ def predict(
     host, steps, decoding, step_ms, kept = 0.0, together / shape.denoisers, vae, compute, 0.0
     if placement == "resident":
         steps = decoding = on_load = shape.weights
-        host = {"saved nf4": file, "bf16": shape.largest_file, "nf4": read_at_once(shape)}[start]
-        host += GB * FIT["host"]
+        host = (read_at_once(shape) if start == "nf4" else file) + GB * FIT["host"]
     elif placement == "text encoders offloaded":
         leaving = sum(part.bytes - part.nf4 / 16 for part in shape.encoders)  # all but the scales
         steps = decoding = on_load = shape.weights - leaving
@@ -182,7 +185,9 @@ def predict(
         def at_least(reserved: float) -> float:
             return 1.03 * (always + max(reserved * step_space, encoding, vae + reserved * decode_space))
 
-        if at_least(FIT["reserved"]) > limit_gb * GB and call.frames > 1:  # a picture is mostly one tile
+        tried = min(at_least(1) / 1.03, limit_gb * GB)
+        small_tiles = call.frames > 1 or shape.in_parts  # for other VAEs a picture is mostly one tile
+        if at_least(FIT["reserved"]) > limit_gb * GB and small_tiles:
             tiled, decode_space = decode_space > 0, FIT["tiles"] * decode_space
         least = at_least(FIT["reserved"])
         space = FIT["reserved"] * max(step_space, decode_space)
@@ -193,9 +198,9 @@ def predict(
         stay = limit_gb * GB - 1.03 * (always + FIT["reserved"] * step_space)
         stay = max(0.0, min(blocks, stay)) if streamed_gb * GB < full else blocks
         steps = max(steps, min(together, streamed_gb * GB - FIT["reserved"] * step_space))
-        on_load = max(least / 1.03 - (FIT["reserved"] - 1) * max(step_space, decode_space), decoding)
+        on_load = max(tried, decoding)
         step_ms = max(compute, shape.forwards * (blocks - stay) / shape.denoisers / card.bus / 1e6)
-        host = shape.weights + shape.largest + GB * FIT["host"]
+        host = shape.weights + file + GB * FIT["host"]
     once = max(encoders, 0) if placement == "model offload" else 0
     reserved = max(steps + FIT["reserved"] * step_space, decoding + FIT["reserved"] * decode_space, once, on_load)
     reserved = max(reserved, kept + FIT["reserved"] * max(step_space, decode_space)) if kept else reserved
@@ -204,12 +209,15 @@ def predict(
     outside = slower * (FIT["outside"] + FIT["pixels"] * drawn)
     outside += FIT["moved"] * shape.weights / GB if placement == "model offload" else 0
     outside += encoders / card.bus / GB if placement == "streamed" else 0
+    intervals = [step_ms] * max(1, call.steps - 1)
+    if placement == "model offload" and shape.denoisers > 1:  # in one of them the experts change places
+        intervals[0] += 1e3 * FIT["moved"] * together / shape.denoisers / GB
     return Prediction(
         load_peak_gb=on_load / GB,
         run_peak_gb=max(steps + step_space, decoding + decode_space, once) / GB,
         reserved_gb=streamed_gb or reserved / GB,
         host_peak_gb=host / GB,
-        step_ms=step_ms,
+        step_ms=statistics.median(intervals),
         latency_s=call.steps * step_ms / 1e3 + outside,
         least_gb=least / GB,
         tiled=tiled,
