@@ -61,9 +61,7 @@ def run_program(command: list[str], limit_gb: float) -> dict[str, Any]:
     Raises:
         TutorialError: it failed, but not for want of memory.
     """
-    if devices.accelerator().type == "cuda":
-        total = torch.accelerator.get_memory_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * devices.GB / total))
+    devices.limit_memory(limit_gb)
     kept, measure_load = [], measure.measure_load
 
     def measure_and_keep(function: Callable[[], Any]) -> tuple[Any, measure.Load]:

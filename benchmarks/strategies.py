@@ -162,9 +162,7 @@ def stream(pipeline: DiffusionPipeline, model: Model, limit_gb: float, **call: A
     Raises:
         TutorialError: the limit is too low for the call, or the host has too little memory.
     """
-    if devices.accelerator().type == "cuda":
-        total = torch.accelerator.get_memory_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * devices.GB / total))
+    devices.limit_memory(limit_gb)
     try:
         fill_card(pipeline, limit_gb, **call)
     except (MemoryError, ValueError) as error:

@@ -21,6 +21,7 @@ from torch.utils.collect_env import get_nvidia_driver_version, run
 from helpers.errors import TutorialError
 
 GB = 1e9
+PAGE = 20 * 2**20  # bytes by which PyTorch's expandable segments grow
 _reserved = 0  # bytes: the highest that `reserved_gb` has read so far
 
 
@@ -57,6 +58,16 @@ def reserved_gb() -> float | None:
         return None
     _reserved = max(_reserved, torch.accelerator.max_memory_reserved())
     return _reserved / GB
+
+
+def limit_memory(limit_gb: float) -> None:
+    """Let PyTorch reserve no more than this on a CUDA card, whatever happens; elsewhere it does nothing.
+
+    PyTorch compares before it rounds up to whole pages: without a page less, a limit of 8 GB gave 8.015.
+    """
+    if accelerator().type == "cuda":
+        total = torch.accelerator.get_memory_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit_gb * GB - PAGE) / total))
 
 
 def free_memory() -> float:

@@ -102,9 +102,8 @@ def draw(args: argparse.Namespace) -> str:
     if args.compile:
         cpu_backend.check_compiler()
     has_card = torch.cuda.is_available()
-    if args.memory_gb and has_card:  # PyTorch reserves no more than this, whatever happens
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
+    if args.memory_gb:
+        devices.limit_memory(args.memory_gb)
     print(f"Loading {args.folder} into host memory.", flush=True)
     pipeline = load(model, args.compile)
     try:

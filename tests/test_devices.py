@@ -121,3 +121,16 @@ def test_a_pipeline_fits_with_a_fifth_of_the_card_left(nf4_pipeline, monkeypatch
     # Free and in all: what else is on the card now does not count.
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (1, size * 100 // needed))
     assert devices.fits(nf4_pipeline) is expected
+
+
+def test_a_limit_is_a_share_of_the_card_less_a_page(monkeypatch):
+    shares = []
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (12e9, 16e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for limit_gb in (8, 80, 0.001):
+        devices.limit_memory(limit_gb)
+    assert shares == [(8e9 - devices.PAGE) / 16e9, 1.0, 0.0]
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cpu"))
+    devices.limit_memory(8)
+    assert len(shares) == 3

@@ -143,13 +143,11 @@ def test_on_a_card_pytorch_may_reserve_no_more(folder, monkeypatch):
     """With a card that is none: what it reserves is seen on a real one only."""
     limits, order = [], []
     monkeypatch.setattr(draw, "load", lambda *arguments: order.append("load"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16e9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part: limits.append((part, list(order))))
+    monkeypatch.setattr(devices, "limit_memory", lambda limit_gb: limits.append((limit_gb, list(order))))
     for limit in (["--memory-gb", "8"], ["--memory-gb", "80"], []):
         with pytest.raises(AttributeError):  # there is no pipeline
             draw.main([str(folder("sd3")), "cat", *limit])
-    assert limits == [(0.5, []), (1.0, ["load"])]
+    assert limits == [(8, []), (80, ["load"])]
 
 
 def test_what_is_said_before_anything_is_loaded(folder, here, monkeypatch):

@@ -76,11 +76,9 @@ def test_draw_that_is_given_too_little_does_not_fit(tmp_path):
 
 def test_the_limit_of_a_program(tmp_path, monkeypatch):
     limits = []
-    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "limit_memory", limits.append)
     monkeypatch.setattr(devices, "reserved_gb", lambda: 3.0)
     monkeypatch.setattr(measure, "measure_load", lambda function: (function(), measure.Load(9.0, 2.0, 5.0)))
-    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (12e9, 16e9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     program = tmp_path / "program.py"
     program.write_text(
         "from helpers import measure\nmeasure.measure_load(lambda: 'cat.png: drawn in 4.25 s, and so on')"
@@ -89,7 +87,7 @@ def test_the_limit_of_a_program(tmp_path, monkeypatch):
     assert programs.run_program([str(program)], 4) == {"fits": True, "call_s": 4.25} | figures
     program.write_text("from helpers import measure\nmeasure.measure_load(lambda: None)")  # as save_nf4.py
     assert programs.run_program([str(program)], 24) == {"fits": True, "call_s": 9.0} | figures
-    assert limits == [0.25, 1.0]
+    assert limits == [4, 24]
 
 
 def test_rows(tmp_path, monkeypatch):

@@ -344,15 +344,13 @@ def test_a_limit_that_is_too_low_is_one_sentence(tiny_card, monkeypatch):
 
 
 def test_streaming_sets_the_limit_on_the_process(monkeypatch):
-    limits, total = [], 16e9
-    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (12e9, total))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    limits = []
+    monkeypatch.setattr(devices, "limit_memory", limits.append)
     filled = mock.Mock()
     monkeypatch.setattr(strategies, "fill_card", filled)
     for placement in ("streamed, 4 GB", "streamed, 0.5 GB", "streamed, 24 GB"):
         strategies.find_placement(placement, {"height": 32})("pipeline", "model")
-    assert limits == [0.25, 0.5 / 16, 1.0]
+    assert limits == [4, 0.5, 24]
     assert filled.mock_calls == [mock.call("pipeline", limit, height=32) for limit in (4, 0.5, 24)]
 
 
