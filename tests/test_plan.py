@@ -1,6 +1,6 @@
 """What `helpers.plan` says: shapes from headers, figures against recorded rows, and what to type.
 
-`python tests/test_plan.py` writes helpers/known_shapes.json anew.
+`PYTHONPATH=.:programs python tests/test_plan.py` writes helpers/known_shapes.json anew.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def advised(family, shape, parameters):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_known_shapes_are_those_of_the_configurations(model):
-    assert shape_from_configurations(model) == KNOWN[FAMILIES[model].repository], "Renew: python tests/test_plan.py"
+    assert shape_from_configurations(model) == KNOWN[FAMILIES[model].repository], "Renew them: see the top of this file"
 
 
 @pytest.mark.parametrize("model", FAMILIES)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import ipywidgets
 import pytest
 
-from helpers import checks, cpu_backend, devices, finder, machine, plan
+from helpers import checks, cpu_backend, devices, finder, machine, plan, predict, shapes
 from helpers.cards import usual_card
 from helpers.errors import TutorialError
 
@@ -56,6 +56,13 @@ def test_what_is_missing_is_said(patch, what, enough, do, monkeypatch):
     monkeypatch.setattr(*patch)
     line = lines()[what]
     assert line["enough"].startswith(enough) and do in line["what to do"]
+
+
+def test_host_memory_that_is_enough_is_that_of_the_rows():
+    rows = predict.load_recorded(finder.REPOSITORIES["wan22"], shapes.known_shapes()).rows
+    beside = max(row.host_peak_gb - row.footprint_gb for row in rows if "streamed" in row.name)
+    wan = shapes.known_shapes()[finder.REPOSITORIES["wan"]].weights / GB
+    assert machine.FULL_HOST_GB - 1 < wan + beside <= machine.FULL_HOST_GB
 
 
 @pytest.mark.parametrize(("free", "enough"), [(1, "no"), (10, "for the pocket models"), (60, "yes")])
