@@ -135,10 +135,16 @@ def shape_of(model: models.Model, headers: dict[str, Tensors], largest_file: int
         spatial=spatial,
         temporal=temporal,
         text=_default(parameters, "max_sequence_length", PAD),
-        forwards=_forwards(parameters, denoiser, read("model_index.json")),
+        forwards=_forwards(parameters, denoiser, read("model_index.json"), False),
+        with_negative=_forwards(parameters, denoiser, read("model_index.json"), True),
         stored=sum(map(_stored, headers.values())),
         largest=max(part.bytes for part in parts.values()),
         largest_file=largest_file,
+        largest_tensor=max(
+            _weigh({key: shape}, name in model.quantized, kept[name]).bytes
+            for name, tensors in headers.items()
+            for key, shape in tensors.items()
+        ),
         quantized=model.is_quantized,
         call=call,
     )
@@ -235,9 +241,18 @@ def _default(parameters: Mapping[str, Any], name: str, instead: Any) -> Any:
     return value if isinstance(value, int) else instead
 
 
-def _forwards(parameters: Mapping[str, Any], denoiser: dict[str, Any], index: dict[str, Any]) -> int:
-    """Forwards of a step, for a call with a prompt alone: two with guidance, unless the model was trained with it."""
-    if "true_cfg_scale" in parameters or denoiser.get("guidance_embeds") or index.get("is_distilled"):
+def _forwards(parameters: Mapping[str, Any], denoiser: dict[str, Any], index: dict[str, Any], negative: bool) -> int:
+    """Forwards of a step: two with guidance, unless the model was trained with it.
+
+    Where a pipeline has `true_cfg_scale`, it takes a negative prompt to have guidance.
+    """
+
+    def is_more_than_1(name: str) -> bool:
+        scale = parameters[name].default if name in parameters else 1
+        return isinstance(scale, (int, float)) and scale > 1
+
+    if "true_cfg_scale" in parameters:
+        return 2 if negative and is_more_than_1("true_cfg_scale") else 1
+    if denoiser.get("guidance_embeds") or index.get("is_distilled"):
         return 1
-    scale = parameters["guidance_scale"].default if "guidance_scale" in parameters else 1
-    return 2 if isinstance(scale, (int, float)) and scale > 1 else 1
+    return 2 if is_more_than_1("guidance_scale") else 1

@@ -12,7 +12,7 @@ from helpers import checks, cpu_backend, devices
 from helpers.errors import TutorialError
 
 HOST_GB = 2  # what the lessons take with the pocket models
-FULL_HOST_GB = 24  # what draw.py takes with FLUX.1-dev or Wan2.1-T2V-14B, from recorded rows
+FULL_HOST_GB = 20  # what draw.py takes with Wan2.1-T2V-14B: its weights and what Wan2.2 takes beside; FLUX.1-dev: 14
 FULL_CARD_GB = 6  # the smallest card that a recorded row fits
 FULL_DISK_GB = 46  # FLUX.1-dev in bfloat16 and in nf4
 ENOUGH, POCKET = "yes", "for the pocket models"

@@ -23,9 +23,9 @@ from helpers import records
 from helpers.cards import GB, Card, find_card, this_card, usual_card
 from helpers.errors import TutorialError
 from helpers.headers import read_shape
-from helpers.predict import Call, Prediction, Recorded, load_recorded, predict, read_at_once
+from helpers.predict import Call, Prediction, Recorded, load_recorded, predict, read_at_once, shape_of_row
 from helpers.prediction_errors import describe_errors
-from helpers.shapes import Shape, known_shapes
+from helpers.shapes import Shape, called, known_shapes
 
 CUDA_GB = 0.7  # what CUDA takes beside what PyTorch reserves
 DISPLAY_GB = 0.3
@@ -35,6 +35,7 @@ RESIDENT = "saved nf4, resident, regional compile"
 CPU_S = 14.5  # to quantize a GB on two CPU cores: lesson 2's 8 minutes for 33 GB
 COMPILE_S = 20  # to compile the blocks, where no row says it
 SIZES = ("height", "width", "frames", "steps")
+OPTIONS = (*SIZES, "guidance_scale")
 START_S = 4.5  # a GB of nf4 weights: to load, lay out and page-lock them, and to try a step; 4 to 6 in the rows
 
 
@@ -50,6 +51,7 @@ class Request:
     width: int | None = None
     frames: int | None = None
     steps: int | None = None
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Plan:
 def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     """What to type, and what it takes. It reads nothing: all that it needs is given."""
     name, card = find_card(request.gpu)
-    call = Call(*(getattr(request, key) or shape.call[key] for key in ("height", "width", "frames", "steps")))
+    asked = {key: value for key in OPTIONS if (value := getattr(request, key)) is not None}
+    options = {key: value for key in OPTIONS if (value := (shape.advised | asked).get(key)) is not None}
+    call, shape = Call(*((shape.call | options)[key] for key in SIZES)), called(shape, options)
     limit = math.floor(10 * (request.card_gb - CUDA_GB - DISPLAY_GB) + 1e-6) / 10
     row, given = _choose(recorded.rows, shape, card, call, limit)
     compile_s, of = _compile_s(recorded.rows)
@@ -84,8 +88,8 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
         takes = f"With every block streamed a call takes {made.least_gb:.1f} GB"
         return Plan([], {}, f"{takes}, and this card leaves {max(limit, 0):.1f}: draw smaller, or fewer frames.")
     lines, figures = _saving(request, shape, recorded)
-    sizes = [f"--{key} {value}" for key in SIZES if (value := getattr(request, key))]
-    words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *sizes]
+    typed = [f"--{key.replace('_', '-')} {value:g}" for key, value in options.items()]
+    words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *typed]
     lines.append(" ".join([*words, *(["--compile"] if compiled else [])]))
     drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compiled)
     why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {drawn(call)}"
@@ -93,7 +97,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     if row is None:
         figures["least"] = Figure(f"{made.least_gb:.1f} GB reserved", "all blocks streamed; decoding may be half off")
     if made.tiled:
-        figures["decoding"] = Figure("in tiles", f"whole it needs more than {limit:g} GB: worked out")
+        figures["decoding"] = Figure("in tiles", f"whole it needs more than {given:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
     if host_gb > left_gb:
         problem = f"It takes {host_gb:.1f} GB of host memory, and {request.ram_gb:g} GB leave {left_gb:.1f} beside the "
@@ -104,10 +108,13 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
 def _choose(
     rows: Sequence[records.Measurement], shape: Shape, card: Card, call: Call, limit: float
 ) -> tuple[records.Measurement | None, float]:
-    """The row of this limit or the next lower, and the limit to type: the row's, unless more makes a step faster."""
+    """The row of this limit or the next lower, and the limit to type: the row's, unless more makes a step faster.
+
+    Of several rows those of the same card come first, then the fastest: a quiet machine's.
+    """
     fits = [row for row in rows if STREAMED.fullmatch(row.name) and row.reserved_gb and _limit(row) <= limit]
     fits = [row for row in fits if (row.height, row.width, row.frames or 1) == (call.height, call.width, call.frames)]
-    row = max(fits, key=_limit, default=None)
+    row = max(fits, key=lambda row: (_limit(row), find_card(row.device)[1] == card, -row.latency_s), default=None)
     if row is None:
         return None, limit
     fast, now = (predict(shape, card, call, limit_gb=gb).step_ms for gb in (limit, _limit(row)))
@@ -123,7 +130,8 @@ def _compile_s(rows: Sequence[records.Measurement]) -> tuple[float, str]:
     resident = [row for row in rows if row.name == RESIDENT and row.first_call_s]
     if not resident:
         return COMPILE_S, "as for FLUX and Wan"
-    return max(row.first_call_s - row.latency_s for row in resident), f"row of {find_card(resident[0].device)[0]}"
+    slowest = max(resident, key=lambda row: row.first_call_s - row.latency_s)
+    return slowest.first_call_s - slowest.latency_s, f"row of {find_card(slowest.device)[0]}"
 
 
 def _drawing(
@@ -140,21 +148,25 @@ def _drawing(
     speed = f"{card.tflops:g} Tflop/s and {card.bus:g} GB/s of the {name}"
     reserved_gb, host_gb, step_s = made.reserved_gb, made.host_peak_gb, made.step_ms / 1e3
     outside_s = made.latency_s - call.steps * step_s
-    memory, host = "worked out: weights, workspace of this size", "worked out: all weights, the largest part twice"
+    memory, host = "worked out: weights, workspace of this size", "worked out: all weights, and a file of them"
     step, begin_s = f"worked out: operations, and {speed}", START_S * shape.weights / GB + step_s
     begin = "worked out: 4 to 6 s for each GB in the rows, and one step"
     if row is not None:
         there_name, there = find_card(row.device)
         of = f"row of {_limit(row):g} GB, {there_name}"
-        base = predict(shape, there, call, limit_gb=_limit(row))
+        forwards = shape_of_row(row).forwards
+        base = predict(replace(shape, forwards=forwards), there, call, limit_gb=_limit(row))
         step_s *= row.step_ms / base.step_ms
         outside_s *= (row.latency_s - row.steps * row.step_ms / 1e3) / (
             base.latency_s - call.steps * base.step_ms / 1e3
         )
-        host_gb, host = row.host_peak_gb, of
+        host_gb, host = (row.host_peak_gb, of) if row.host_peak_gb else (host_gb, host)
         if given == _limit(row):
             reserved_gb, memory = row.reserved_gb, of
         step = of if there_name == name else f"{of}, carried over: {speed}"
+        step += (
+            "" if forwards == shape.forwards else f"; forwards in a step: {shape.forwards}, in the row's: {forwards}"
+        )
         step += "" if compiled else "; eager, the row is compiled: worked out"
         if compiled and there_name == name:
             begin_s, begin = row.load_s, f"{of}, compiling included"
@@ -229,6 +241,9 @@ def find_plan(request: Request) -> Plan:
     shapes = known_shapes()
     shape = shapes.get(request.model) or read_shape(request.model)
     alike = [name for name, other in shapes.items() if (other.kinds, other.rest) == (shape.kinds, shape.rest)]
+    # What is alike may be another training of it: what its authors advise holds for what has its name, as nf4 has.
+    named = [name for name in alike if Path(name).name.lower() in Path(request.model).name.lower()]
+    shape = replace(shape, advised=shapes[named[0]].advised) if named else shape
     return recommend(request, shape, load_recorded(alike[0] if alike else "", shapes))
 
 
@@ -247,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu", help="which card, for times, such as 4070 (default: a usual one of its memory)")
     for key in SIZES:
         parser.add_argument(f"--{key}", type=int)
+    parser.add_argument("--guidance-scale", type=float, help="1 or less: one forward in a step; Z-Image's: 0")
     parser.add_argument("--check", action="store_true", help="compare what is worked out with every recorded row")
     args = parser.parse_args(arguments)
     if args.check:
@@ -262,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     ram_gb = args.ram or psutil.virtual_memory().total / GB
     gpu = args.gpu or (here[0] if here and args.card is None else usual_card(card_gb))
     try:
-        plan = find_plan(Request(args.model, card_gb, ram_gb, gpu, args.height, args.width, args.frames, args.steps))
+        plan = find_plan(Request(args.model, card_gb, ram_gb, gpu, **{key: vars(args)[key] for key in OPTIONS}))
     except TutorialError as error:
         sys.exit(str(error))
     if plan.lines and not args.gpu and gpu != (here and here[0]):

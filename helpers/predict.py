@@ -5,6 +5,7 @@ recorded row beside what is worked out for it.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 
 from helpers import records
 from helpers.cards import CARDS, GB, Card
-from helpers.checkpoints import CHECKPOINTS, PACKAGE_ROOT
-from helpers.shapes import Part, Shape
+from helpers.checkpoints import PACKAGE_ROOT
+from helpers.shapes import Part, Shape, called, known_shapes
 
 RESULTS = PACKAGE_ROOT / "benchmarks" / "results"
-REPOSITORIES = {model: entry.path for (model, size), entry in CHECKPOINTS.items() if size == "full"}
+REPOSITORIES = {shape.model: name for name, shape in known_shapes().items()}
 
 SAVE = "save_nf4.py --device cuda"
 
@@ -26,15 +27,17 @@ FITTED = {  # each factor, and what it was fitted to
     "compiled": (2.0, "times tokens x widest layer x 2 bytes, in a compiled step: model offload"),
     "eager": (3.7, "the same, not compiled"),
     "picture": (4.8, "times pixels x channels x 2 bytes, to decode a picture: resident FLUX"),
+    "one frame": (11.1, "the same for a picture, by a VAE that decodes videos in parts: resident Qwen-Image"),
     "clip": (7.6, "the same for frames that are decoded together: resident Wan"),
     "tiles": (0.5, "of that, to decode in tiles: lesson 3"),
     "reserved": (1.2, "bytes reserved for one of workspace: both models on the H100"),
     "filled": (0.98, "of a limit that fill_card uses, and 1.03 of what it must have: FLUX streamed"),
-    "host": (1.0, "GB of the process without weights: all starts"),
-    "pageable": (5.9, "GB of the host beside the weights in model offload"),
+    "host": (1.1, "GB of the process without weights: all starts"),
+    "file": (1.2, "GB of the host for a file of saved nf4, of 1 GB each: four models, resident and streamed"),
+    "pageable": (5.9, "GB of the host beside the weights in model offload, but for a small model"),
     "leaf": (1.78, "times the weights in host memory, pinned leaf by leaf"),
     "block": (2.35, "times the weights in host memory, pinned block by block"),
-    "outside": (0.2, "s of a call outside of the steps, on an H100"),
+    "outside": (0.14, "s of a call outside of the steps, on an H100: calls of 4 to 28 steps"),
     "pixels": (0.075, "s to decode a million pixels, on an H100"),
     "moved": (0.5, "s for each GB of model offload, there and back from pageable memory"),
 }
@@ -102,7 +105,7 @@ def workspace(shape: Shape, call: Call, compiled: bool = True) -> tuple[float, f
     count = tokens(shape, call) + any(kind.joint for kind in shape.kinds) * shape.text
     step = 2 * shape.widest * (FIT["compiled" if compiled else "eager"] * count + width)
     together = min(call.frames, shape.temporal if shape.in_parts else call.frames)
-    factor = FIT["picture" if call.frames == 1 else "clip"]
+    factor = FIT["clip" if call.frames > 1 else "one frame" if shape.in_parts else "picture"]
     pixels = call.height * call.width
     clip = 6.0 * pixels * call.frames if call.frames > 1 else 0  # the frames drawn, in bf16
     return step, (factor * 2 * pixels * together * shape.vae_channels + clip) * (shape.vae_channels > 0)
@@ -122,7 +125,9 @@ def in_bf16(shape: Shape) -> Shape:
 
     kinds = [replace(kind, nf4=0, other=kind.other + 2 * kind.nf4) for kind in shape.kinds]
     rest, encoders = part(shape.rest), [part(encoder) for encoder in shape.encoders]
-    return replace(shape, kinds=kinds, rest=rest, encoders=encoders)
+    denoiser = (sum(kind.count * kind.bytes for kind in kinds) + rest.bytes) / shape.denoisers
+    largest = max([denoiser, *(encoder.bytes for encoder in encoders)])
+    return replace(shape, kinds=kinds, rest=rest, encoders=encoders, largest=largest)
 
 
 def predict(
@@ -134,10 +139,11 @@ def predict(
     compiled: bool = True,
     start: str = "saved nf4",
     hidden: bool = False,
+    whole_files: bool = False,
 ) -> Prediction:
     """What a call takes with its weights placed as in the benchmark; streamed is what `draw.py` does.
 
-    `hidden` says that the copies of group offload run beside the compute.
+    `hidden` says that the copies of group offload run beside the compute, `whole_files` that a component is one file.
     """
     if start == "bf16":
         shape = in_bf16(shape)
@@ -145,27 +151,30 @@ def predict(
     encoders, together = sum(part.bytes for part in shape.encoders), blocks + rest
     step_space, decode_space = workspace(shape, call, compiled)
     nf4 = sum(kind.count * kind.nf4 for kind in shape.kinds) + shape.rest.nf4
+    # A file is in the host beside what is loaded of it.
+    file = shape.largest if whole_files else max(GB * FIT["file"], shape.largest_tensor)
+    file = shape.largest_file if start == "bf16" else file
     states = (nf4 + sum(part.nf4 for part in shape.encoders)) / 16  # the scales, four bytes for 64 weights
     quantized = nf4 and shape.weights - vae - sum(part.bytes for part in shape.encoders if not part.nf4)
     on_load = {"saved nf4": 0.0, "bf16": 0.0, "nf4": quantized}[start]
     compute = compute_ms(shape, card, call, compiled)
     copied, tiled, least, streamed_gb = blocks / shape.denoisers, False, 0.0, 0.0
-    # Weights on the card in the steps and while it decodes; in the host at its highest; what a step waits for.
-    host, steps, decoding, step_ms = 0.0, together, vae, compute
+    # Weights on the card in the steps and while it decodes; in the host at its highest; what a step waits for; and
+    # what PyTorch had reserved before, and keeps.
+    host, steps, decoding, step_ms, kept = 0.0, together / shape.denoisers, vae, compute, 0.0
     if placement == "resident":
         steps = decoding = on_load = shape.weights
-        host = {"saved nf4": shape.largest, "bf16": shape.largest_file, "nf4": read_at_once(shape)}[start]
-        host += GB * FIT["host"]
+        host = (read_at_once(shape) if start == "nf4" else file) + GB * FIT["host"]
     elif placement == "text encoders offloaded":
         leaving = sum(part.bytes - part.nf4 / 16 for part in shape.encoders)  # all but the scales
         steps = decoding = on_load = shape.weights - leaving
-        host = shape.largest + FIT["leaf"] * leaving + GB * FIT["host"]
+        host = file + FIT["leaf"] * leaving + GB * FIT["host"]
     elif placement == "model offload":
-        host = shape.weights + GB * FIT["pageable"]
-        host = host if start != "nf4" else shape.weights + shape.largest + GB * FIT["host"]
+        twice = shape.largest + GB * FIT["host"]  # no more than one component is there a second time
+        host = shape.weights + (twice if start == "nf4" else min(twice, GB * FIT["pageable"]))
     elif placement in ("leaf", "block"):
         steps = decoding = states + (blocks / max(1, sum(kind.count for kind in shape.kinds)))
-        on_load = max(on_load, states)
+        on_load, kept = max(on_load, states), on_load  # which model offload gives back
         copying = shape.forwards * copied / card.bus / 1e6
         host, step_ms = FIT[placement] * shape.weights, max(compute, copying) if hidden else compute + copying
     elif placement == "streamed":
@@ -176,34 +185,48 @@ def predict(
         def at_least(reserved: float) -> float:
             return 1.03 * (always + max(reserved * step_space, encoding, vae + reserved * decode_space))
 
-        if at_least(FIT["reserved"]) > limit_gb * GB and call.frames > 1:  # a picture is mostly one tile
+        tried = min(at_least(1) / 1.03, limit_gb * GB)
+        small_tiles = call.frames > 1 or shape.in_parts  # for other VAEs a picture is mostly one tile
+        if at_least(FIT["reserved"]) > limit_gb * GB and small_tiles:
             tiled, decode_space = decode_space > 0, FIT["tiles"] * decode_space
         least = at_least(FIT["reserved"])
         space = FIT["reserved"] * max(step_space, decode_space)
         full = shape.weights + space
         streamed_gb = min(full, FIT["filled"] * limit_gb * GB) / GB
-        stay = max(0.0, min(blocks, limit_gb * GB - least)) if streamed_gb * GB < full else blocks
         steps = decoding = streamed_gb * GB - space
-        on_load = max(least / 1.03 - (FIT["reserved"] - 1) * max(step_space, decode_space), steps)
+        # In the steps, blocks have the room that decoding takes later.
+        stay = limit_gb * GB - 1.03 * (always + FIT["reserved"] * step_space)
+        stay = max(0.0, min(blocks, stay)) if streamed_gb * GB < full else blocks
+        steps = max(steps, min(together, streamed_gb * GB - FIT["reserved"] * step_space))
+        on_load = max(tried, decoding)
         step_ms = max(compute, shape.forwards * (blocks - stay) / shape.denoisers / card.bus / 1e6)
-        host = shape.weights + shape.largest + GB * FIT["host"]
+        host = shape.weights + file + GB * FIT["host"]
     once = max(encoders, 0) if placement == "model offload" else 0
-    reserved = max(steps + FIT["reserved"] * step_space, decoding + FIT["reserved"] * decode_space, once)
+    reserved = max(steps + FIT["reserved"] * step_space, decoding + FIT["reserved"] * decode_space, once, on_load)
+    reserved = max(reserved, kept + FIT["reserved"] * max(step_space, decode_space)) if kept else reserved
     slower = CARDS["H100"].tflops / card.tflops
     drawn = call.height * call.width * call.frames / 1e6 if shape.vae_channels else 0
     outside = slower * (FIT["outside"] + FIT["pixels"] * drawn)
     outside += FIT["moved"] * shape.weights / GB if placement == "model offload" else 0
     outside += encoders / card.bus / GB if placement == "streamed" else 0
+    intervals = [step_ms] * max(1, call.steps - 1)
+    if placement == "model offload" and shape.denoisers > 1:  # in one of them the experts change places
+        intervals[0] += 1e3 * FIT["moved"] * together / shape.denoisers / GB
     return Prediction(
         load_peak_gb=on_load / GB,
         run_peak_gb=max(steps + step_space, decoding + decode_space, once) / GB,
         reserved_gb=streamed_gb or reserved / GB,
         host_peak_gb=host / GB,
-        step_ms=step_ms,
+        step_ms=statistics.median(intervals),
         latency_s=call.steps * step_ms / 1e3 + outside,
         least_gb=least / GB,
         tiled=tiled,
     )
+
+
+def shape_of_row(row: records.Measurement) -> Shape:
+    """The shape of a recorded row's model, with the forwards that its call had."""
+    return called(known_shapes()[REPOSITORIES[row.model]], row.call or {})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,15 @@ class Shape:
     temporal: int  # frames of a token
     text: int  # tokens of a prompt
     forwards: int  # in a step: two with guidance
+    with_negative: int  # the same with a negative prompt
     stored: int  # bytes of all weights in bfloat16
     largest: float  # bytes of the largest component, in nf4
     largest_file: int  # bytes of it, as published
+    largest_tensor: float  # bytes of the largest weight, in nf4 where it becomes that: no file is smaller
     quantized: bool = False  # its files hold nf4 weights already
     call: dict[str, int] = field(default_factory=dict)  # height, width, frames and steps of a call that names none
+    model: str = ""  # what recorded rows call it
+    advised: dict[str, float] = field(default_factory=dict)  # what its authors give in place of the pipeline's own
 
     @property
     def blocks(self) -> float:
@@ -95,6 +100,14 @@ class Shape:
     def weights(self) -> float:
         """Bytes of all weights, in nf4 where they become that."""
         return self.blocks + self.rest.bytes + sum(part.bytes for part in self.encoders) + self.vae.bytes
+
+
+def called(shape: Shape, arguments: Mapping[str, Any]) -> Shape:
+    """The shape with as many forwards in a step as a call of the pipeline with these arguments has."""
+    unguided = 0 if shape.pipeline == "ZImagePipeline" else 1  # the highest scale that asks for no second forward
+    if (scale := arguments.get("guidance_scale")) is not None and scale <= unguided:
+        return replace(shape, forwards=1)
+    return replace(shape, forwards=shape.with_negative) if arguments.get("negative_prompt") else shape
 
 
 @functools.cache

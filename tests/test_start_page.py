@@ -1,14 +1,14 @@
 """The start page: what it says of a machine, its card finder, and its words."""
 
-import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets
 import pytest
 
-from helpers import checks, cpu_backend, devices, finder, machine, plan
+from helpers import checks, cpu_backend, devices, finder, machine, plan, predict, shapes
 from helpers.cards import usual_card
 from helpers.errors import TutorialError
 
@@ -58,6 +58,13 @@ def test_what_is_missing_is_said(patch, what, enough, do, monkeypatch):
     assert line["enough"].startswith(enough) and do in line["what to do"]
 
 
+def test_host_memory_that_is_enough_is_that_of_the_rows():
+    rows = predict.load_recorded(finder.REPOSITORIES["wan22"], shapes.known_shapes()).rows
+    beside = max(row.host_peak_gb - row.footprint_gb for row in rows if "streamed" in row.name)
+    wan = shapes.known_shapes()[finder.REPOSITORIES["wan"]].weights / GB
+    assert machine.FULL_HOST_GB - 1 < wan + beside <= machine.FULL_HOST_GB
+
+
 @pytest.mark.parametrize(("free", "enough"), [(1, "no"), (10, "for the pocket models"), (60, "yes")])
 def test_host_memory_counts_what_is_free(free, enough, monkeypatch):
     memory = SimpleNamespace(available=free * GB, total=64 * GB)
@@ -76,12 +83,21 @@ def test_memory_of_a_card(free, total, enough, monkeypatch):
 
 def test_the_table_says_what_the_plan_says():
     found = finder.rows()
-    assert len(found) == 2 * len(finder.CARDS_GB)
-    for row, (model, gb) in zip(found, itertools.product(finder.REPOSITORIES.values(), finder.CARDS_GB), strict=True):
+    others = len({model for model, _ in finder.choices()} - {finder.REPOSITORIES[model] for model in finder.LESSONS})
+    assert len(found) == 2 * len(finder.CARDS_GB) + others * len(finder.FEW_GB)
+    for row, (model, gb) in zip(found, finder.choices(), strict=True):
         made = plan.find_plan(plan.Request(model, gb, finder.RAM_GB, usual_card(gb)))
         name, draw, *figures = row.values()
         assert usual_card(gb) in name and made.lines[-1].endswith(f'" {draw}') and not made.problem
         assert set(figures) <= {figure.text.removesuffix(" reserved") for figure in made.figures.values()}
+
+
+def test_only_models_with_rows_are_in_the_table(monkeypatch):
+    monkeypatch.setattr(
+        finder, "load_recorded", lambda path, _: SimpleNamespace(rows=["FLUX.1" in path] * ("FLUX" in path))
+    )
+    assert {model for model, _ in finder.choices()} == {finder.REPOSITORIES[model] for model in ("flux", "klein")}
+    assert sum("klein" in model for model, _ in finder.choices()) == len(finder.FEW_GB)
 
 
 def test_no_form_is_stored_where_nobody_looks(monkeypatch):
@@ -94,11 +110,12 @@ def test_the_form_answers_what_is_chosen(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "00_start_here.ipynb")
     form = finder.form()
     model, card, ram, answer = form.children
+    assert set(model.options) == set(finder.REPOSITORIES.values())
     assert isinstance(form, ipywidgets.VBox) and "--memory-gb 11" in answer.value
     card.value = 8
     assert "--memory-gb 7" in answer.value
-    ram.value = 16
-    assert "19.2 GB of host memory, and 16 GB leave" in answer.value
+    model.value, ram.value = finder.REPOSITORIES["wan"], 16
+    assert re.search(r"It takes 1\d\.\d GB of host memory, and 16 GB leave 14.5", answer.value)
     model.value = "no-model"
     assert "There is no folder" in answer.value
 
