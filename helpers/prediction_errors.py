@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers import records
 from helpers.cards import find_card
-from helpers.predict import REPOSITORIES, RESULTS, Call, Prediction, predict, shape_of_row
+from helpers.predict import REPOSITORIES, RESULTS, Call, Prediction, load_rows, predict, shape_of_row
 from helpers.shapes import Part
 
 WANTED = {"memory": 0.1, "time": 0.25}  # how far off a figure may be
@@ -67,7 +67,7 @@ def errors(folder: Path = RESULTS, models: Container[str] = tuple(REPOSITORIES))
         rows = json.loads(file.read_text("utf-8"))
         if not isinstance(rows, list) or "name" not in rows[0]:
             continue
-        for row in records.load_measurements(file):
+        for row in load_rows(file):
             if row.model not in models or row.checkpoint_size == "pocket" or (made := predict_row(row)) is None:
                 continue
             for figure in ("load_peak_gb", "run_peak_gb", "reserved_gb", "host_peak_gb", "step_ms", "latency_s"):
