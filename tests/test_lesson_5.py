@@ -154,7 +154,7 @@ def test_what_is_expected_of_flux_is_what_is_written(component, lesson):
 
 
 def test_the_programs_are_those_of_the_lesson():
-    commands = re.findall(r"^python programs/(\w+\.py) (.*)", CELLS["compare-read"] + CELLS["fits"], re.MULTILINE)
+    commands = re.findall(r"^python programs/(\w+\.py) (.*)", CELLS["compare-read"] + CELLS["draw-read"], re.MULTILINE)
     assert [program for program, _ in commands] == ["save_nf4.py", "draw.py"]
     for program, arguments in commands:
         for word in [program, *arguments.replace('"', "").split()]:
