@@ -232,8 +232,8 @@ def seconds(value: float) -> str:
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     if value < 7200:
-        return f"{value / 60:.1f} minutes" if value < 600 else f"{value / 60:.0f} minutes"
-    return f"{value / 3600:.1f} hours"
+        return f"{value / 60:.1f} min" if value < 600 else f"{value / 60:.0f} min"
+    return f"{value / 3600:.1f} h"
 
 
 def find_plan(request: Request) -> Plan:

@@ -414,7 +414,7 @@ def test_what_does_not_fit_is_said(changes, problem):
 def test_a_card_too_small_for_the_largest_part_quantizes_on_the_cpu():
     made = plan.recommend(request(card_gb=6), KNOWN[FLUX], RECORDED)
     assert made.lines[0].endswith("--device cpu") and made.figures["to save: memory of the card"].text == "none"
-    assert made.figures["to save: time"].text == "8.2 minutes"
+    assert made.figures["to save: time"].text == "8.2 min"
 
 
 def test_nf4_weights_are_not_saved_again():
