@@ -50,6 +50,7 @@ class Family:
         pipeline: class of the pipeline, without a pocket model.
         scheduler: configuration of its FlowMatchEulerDiscreteScheduler, without a pocket model.
         settings: what else the index of the pipeline says.
+        steps: what its authors advise, where the checkpoint has fewer.
         file_sizes: largest file of a component's weights, in bytes, where it is not `random_checkpoints.FILE_SIZE`.
     """
 
@@ -61,6 +62,7 @@ class Family:
     pipeline: str = ""
     scheduler: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
     file_sizes: dict[str, float] = field(default_factory=dict)
 
 
@@ -275,6 +277,7 @@ FAMILIES = {
         quantized=("transformer", "transformer_2", "text_encoder"),
         pocket="wan",
         settings={"boundary_ratio": 0.875},
+        steps=40,
         components={
             "transformer": (WanTransformer3DModel, WAN_14B),
             "transformer_2": (WanTransformer3DModel, WAN_14B),

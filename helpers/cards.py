@@ -41,13 +41,14 @@ CARDS = {
     "H100": Card(989, 3350, 50),
     "H200": Card(989, 4800, 53.8),
 }
+OLD = re.compile(r"^(tesla)?(t4|t10|v100|p100|p40|gtx\d+|20\d0|titan)")  # before Ampere
 # A usual card by its memory in GB.
 USUAL = {6: "RTX 3050 6GB", 8: "RTX 4060", 12: "RTX 4070", 16: "RTX 4080", 24: "RTX 4090", 32: "RTX 5090", 40: "A100"}
 USUAL |= {80: "H100", 140: "H200"}
 
 
 def find_card(name: str) -> tuple[str, Card]:
-    """A card by its name, however it is written ("NVIDIA GeForce RTX 4090", "4090"), or by three figures "65/320/12".
+    """A card by its name, however it is written ("NVIDIA GeForce RTX 4090", "4090"), or by three figures "142/500/25".
 
     Raises:
         TutorialError: nothing is known of it.
@@ -58,10 +59,21 @@ def find_card(name: str) -> tuple[str, Card]:
     for known in CARDS:
         if (key := re.sub(r"rtx|\s", "", known.lower())) == plain or re.match(rf"{key}(\d*gb|hbm)", plain):
             return known, CARDS[known]
+    if OLD.search(plain):
+        raise TutorialError(f"{name!r} emulates bfloat16, which is slow: nothing is known of it, so there is no plan.")
     raise TutorialError(
         f"No figures are known of {name!r}: name one that is like it ({', '.join(CARDS)}), or give "
-        "its bf16 Tflop/s, GB/s of memory and GB/s of bus as 65/320/12."
+        "its bf16 Tflop/s, GB/s of memory and GB/s of bus as 142/500/25."
     )
+
+
+def usual_gb(name: str) -> int | None:
+    """The memory in GB of a usual card of this name; None where cards of that name differ in it.
+
+    Raises TutorialError as `find_card`.
+    """
+    found, _ = find_card(name)
+    return next((gb for gb, usual in USUAL.items() if usual == found), None)
 
 
 def usual_card(gb: float) -> str:

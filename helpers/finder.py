@@ -36,7 +36,7 @@ def rows() -> list[dict[str, str]]:
                 "of the card": made.figures["memory of the card"].text.removesuffix(" reserved"),
                 "host memory": made.figures["host memory"].text,
                 "a step": made.figures["a step"].text,
-                "all steps": made.figures[drawn].text,
+                "picture or clip": made.figures[drawn].text,
             }
         )
     return found

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from helpers import records
-from helpers.cards import GB, Card, find_card, this_card, usual_card
+from helpers.cards import GB, Card, find_card, this_card, usual_card, usual_gb
 from helpers.errors import TutorialError
 from helpers.headers import read_shape
 from helpers.predict import Call, Prediction, Recorded, load_recorded, predict, read_at_once, shape_of_row
@@ -35,8 +35,8 @@ RESIDENT = "saved nf4, resident, regional compile"
 CPU_S = 14.5  # to quantize a GB on two CPU cores: lesson 2's 8 minutes for 33 GB
 COMPILE_S = 20  # to compile the blocks, where no row says it
 SIZES = ("height", "width", "frames", "steps")
-OPTIONS = (*SIZES, "guidance_scale")
-START_S = 4.5  # a GB of nf4 weights: to load, lay out and page-lock them, and to try a step; 4 to 6 in the rows
+OPTIONS = (*SIZES, "guidance_scale", "negative_prompt")
+START_S = 2.5  # a GB of nf4 weights: to copy them out of their files and page-lock that; 1.5 to 4 in the rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Request:
     frames: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     name, card = find_card(request.gpu)
     asked = {key: value for key in OPTIONS if (value := getattr(request, key)) is not None}
     options = {key: value for key in OPTIONS if (value := (shape.advised | asked).get(key)) is not None}
+    if shape.call["frames"] == 1 and request.frames:
+        raise TutorialError(f"{request.model} draws pictures: leave --frames out.")
     call, shape = Call(*((shape.call | options)[key] for key in SIZES)), called(shape, options)
     limit = math.floor(10 * (request.card_gb - CUDA_GB - DISPLAY_GB) + 1e-6) / 10
     row, given = _choose(recorded.rows, shape, card, call, limit)
@@ -87,11 +90,12 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     if made.least_gb > limit:
         takes = f"With every block streamed a call takes {made.least_gb:.1f} GB"
         return Plan([], {}, f"{takes}, and this card leaves {max(limit, 0):.1f}: draw smaller, or fewer frames.")
-    lines, figures = _saving(request, shape, recorded)
-    typed = [f"--{key.replace('_', '-')} {value:g}" for key, value in options.items()]
+    lines, figures, saving_gb = _saving(request, shape, recorded)
+    texts = {key: f'"{value}"' if key == "negative_prompt" else f"{value:g}" for key, value in options.items()}
+    typed = [f"--{key.replace('_', '-')} {text}" for key, text in texts.items()]
     words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *typed]
     lines.append(" ".join([*words, *(["--compile"] if compiled else [])]))
-    drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compiled)
+    drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compile_s if compiled else 0)
     why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {drawn(call)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
     if row is None:
@@ -99,9 +103,11 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     if made.tiled:
         figures["decoding"] = Figure("in tiles", f"whole it needs more than {given:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
-    if host_gb > left_gb:
-        problem = f"It takes {host_gb:.1f} GB of host memory, and {request.ram_gb:g} GB leave {left_gb:.1f} beside the "
-        problem += "system: add swap space, which is slow, or take a smaller model."
+    what, most_gb = ("Drawing", host_gb) if host_gb >= saving_gb else ("Saving", saving_gb)
+    if most_gb > left_gb:
+        problem = f"{what} takes {most_gb:.1f} GB of host memory, and {request.ram_gb:g} GB leave {left_gb:.1f} beside "
+        problem += "the system: add swap space, which is slow, or "
+        problem += "take a smaller model." if host_gb > left_gb else "save on another machine."
     return Plan(lines, figures, problem)
 
 
@@ -141,7 +147,7 @@ def _drawing(
     shape: Shape,
     call: Call,
     on: tuple[str, Card],
-    compiled: bool,
+    compile_s: float,
 ) -> tuple[dict[str, Figure], float]:
     """What `draw.py` takes, and the GB of host memory among it: as recorded, carried over, or worked out."""
     name, card = on
@@ -149,8 +155,8 @@ def _drawing(
     reserved_gb, host_gb, step_s = made.reserved_gb, made.host_peak_gb, made.step_ms / 1e3
     outside_s = made.latency_s - call.steps * step_s
     memory, host = "worked out: weights, workspace of this size", "worked out: all weights, and a file of them"
-    step, begin_s = f"worked out: operations, and {speed}", START_S * shape.weights / GB + step_s
-    begin = "worked out: 4 to 6 s for each GB in the rows, and one step"
+    step, begin_s = f"worked out: operations, and {speed}", START_S * shape.weights / GB + step_s + compile_s
+    begin = "worked out: to copy the weights, to page-lock that, " + ("to compile, " if compile_s else "") + "one step"
     if row is not None:
         there_name, there = find_card(row.device)
         of = f"row of {_limit(row):g} GB, {there_name}"
@@ -167,51 +173,51 @@ def _drawing(
         step += (
             "" if forwards == shape.forwards else f"; forwards in a step: {shape.forwards}, in the row's: {forwards}"
         )
-        step += "" if compiled else "; eager, the row is compiled: worked out"
-        if compiled and there_name == name:
+        step += "" if compile_s else "; eager, the row is compiled: worked out"
+        if compile_s and there_name == name:
             begin_s, begin = row.load_s, f"{of}, compiling included"
+    begin_s, drawn_s = max(begin_s, 1), call.steps * step_s + outside_s
     figures = {
         "memory of the card": Figure(f"{reserved_gb:.1f} GB reserved", memory),
         "host memory": Figure(f"{host_gb:.1f} GB", host),
-        "before it draws": Figure(seconds(max(begin_s, 1)), begin),
+        "before it draws": Figure(seconds(begin_s), begin),
         "a step": Figure(seconds(step_s), step),
-        drawn(call): Figure(seconds(call.steps * step_s + outside_s), f"{call.steps} steps, the prompt, the decoding"),
+        drawn(call): Figure(seconds(drawn_s), f"{call.steps} steps, the prompt, the decoding"),
+        "one run of draw.py": Figure(seconds(begin_s + drawn_s), "both"),
     }
     return figures, host_gb
 
 
-def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[str], dict[str, Figure]]:
-    """The line that saves nf4 weights, once, and what it takes; nothing for a model that is nf4 already."""
+def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[str], dict[str, Figure], float]:
+    """The line that saves nf4 weights, once, and what it takes, with the GB of host memory among it.
+
+    Nothing for a model that is nf4 already.
+    """
     if shape.quantized:
-        return [], {}
+        return [], {}, 0.0
     row, stored_gb = recorded.save, shape.stored / GB
     line = f"python programs/save_nf4.py {shlex.quote(request.model)} {_folder(request, shape)}"
     card_gb, host_gb = 1.02 * shape.largest / GB, read_at_once(shape) / GB + 1.1
     memory, host = "worked out: the largest part in nf4", "worked out: the largest file or text encoder"
     if row and recorded.save_is_of_model:
-        card_gb, host_gb, memory = (
-            row["reserved_gb"],
-            row["host_peak_gb"],
-            f"run of save_nf4.py, {find_card(row['device'])[0]}",
-        )
-        host = memory
+        card_gb, host_gb = row["reserved_gb"], row["host_peak_gb"]
+        memory = host = f"run of save_nf4.py, {find_card(row['device'])[0]}"
     if card_gb > request.card_gb - CUDA_GB - DISPLAY_GB:
         line, time_s, why = f"{line} --device cpu", CPU_S * stored_gb, "lesson 2's run on two CPU cores, by GB"
         card, memory, host_gb = "none", f"{card_gb:.1f} GB would not fit: on the CPU", host_gb + shape.largest / GB
         host = "worked out: the largest file, and the largest part in nf4"
     else:
         per_gb = row["call_s"] / recorded.save_gb if row else 0.5
-        card, time_s, why = (
-            f"{card_gb:.1f} GB reserved",
-            per_gb * stored_gb,
-            "recorded run, by GB; a slow disk adds to it",
-        )
-    return [line], {
+        card, time_s = f"{card_gb:.1f} GB reserved", per_gb * stored_gb
+        why = "recorded run, by GB; a slow disk adds to it"
+    disk = f"and {stored_gb:.0f} GB for the model in bfloat16, twice that where its files are float32"
+    figures = {
         "to save: memory of the card": Figure(card, memory),
         "to save: host memory": Figure(f"{host_gb:.1f} GB", host),
-        "to save: disk": Figure(f"{shape.weights / GB:.1f} GB", f"and {stored_gb:.0f} GB for the model in bfloat16"),
+        "to save: disk": Figure(f"{shape.weights / GB:.1f} GB", disk),
         "to save: time": Figure(seconds(max(time_s, 1)), why),
     }
+    return [line], figures, host_gb
 
 
 def _folder(request: Request, shape: Shape) -> str:
@@ -222,7 +228,8 @@ def _folder(request: Request, shape: Shape) -> str:
 
 def drawn(call: Call) -> str:
     """What a call draws, in words."""
-    return "a picture" if call.frames == 1 else f"a clip of {call.frames} frames"
+    size = f"{call.width}x{call.height}"
+    return f"a picture of {size}" if call.frames == 1 else f"a clip of {call.frames} frames, {size}"
 
 
 def seconds(value: float) -> str:
@@ -263,21 +270,22 @@ def main(arguments: list[str] | None = None) -> None:
     for key in SIZES:
         parser.add_argument(f"--{key}", type=int)
     parser.add_argument("--guidance-scale", type=float, help="1 or less: one forward in a step; Z-Image's: 0")
+    parser.add_argument("--negative-prompt", help="with one, Qwen-Image has two forwards in a step")
     parser.add_argument("--check", action="store_true", help="compare what is worked out with every recorded row")
     args = parser.parse_args(arguments)
     if args.check:
         print(describe_errors())
         return
-    here = this_card()
-    card_gb = args.card or (here[1] if here else None)
     for option in ("card", "ram", *SIZES):
-        if (value := vars(args)[option]) is not None and not value > 0:
-            parser.error(f"--{option} must be more than 0")
-    if not args.model or not card_gb:
-        parser.error("give a model, and --card with the GB of the card")
-    ram_gb = args.ram or psutil.virtual_memory().total / GB
-    gpu = args.gpu or (here[0] if here and args.card is None else usual_card(card_gb))
+        if (value := vars(args)[option]) is not None and not 0 < value < math.inf:
+            parser.error(f"--{option} must be more than 0, and finite")
+    here = this_card()
     try:
+        card_gb = args.card or (usual_gb(args.gpu) if args.gpu else here[1] if here else None)
+        if not args.model or not card_gb:
+            parser.error("give a model, and --card with the GB of the card")
+        ram_gb = args.ram or psutil.virtual_memory().total / GB
+        gpu = args.gpu or (here[0] if here and args.card is None else usual_card(card_gb))
         plan = find_plan(Request(args.model, card_gb, ram_gb, gpu, **{key: vars(args)[key] for key in OPTIONS}))
     except TutorialError as error:
         sys.exit(str(error))

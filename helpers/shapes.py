@@ -89,7 +89,7 @@ class Shape:
     quantized: bool = False  # its files hold nf4 weights already
     call: dict[str, int] = field(default_factory=dict)  # height, width, frames and steps of a call that names none
     model: str = ""  # what recorded rows call it
-    advised: dict[str, float] = field(default_factory=dict)  # what its authors give in place of the pipeline's own
+    advised: dict[str, Any] = field(default_factory=dict)  # what its authors give in place of the pipeline's own
 
     @property
     def blocks(self) -> float:

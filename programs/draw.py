@@ -43,6 +43,7 @@ OPTIONS = {  # what pipelines call it
     "steps": ("num_inference_steps",),
     "frames": ("num_frames", "frames", "video_length"),
     "guidance_scale": ("guidance_scale",),
+    "negative_prompt": ("negative_prompt",),
 }
 MORE_THAN_A_PROMPT = re.compile(
     "Adapter|Control|controlnet|Edit|Fill|I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
@@ -141,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, help="of a clip")
     parser.add_argument("--fps", type=int, help="of a clip: 16, if the pipeline does not say")
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument(
+        "--negative-prompt", help='what not to draw; without one, such as " ", Qwen-Image is not guided'
+    )
     parser.add_argument("--seed", type=int, default=0)
     slower_first = "compile the repeated blocks: the first step takes up to a minute longer, each later one less"
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=slower_first)

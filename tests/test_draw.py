@@ -191,7 +191,9 @@ def test_pipelines_of_several_pipelines(folder, monkeypatch):
 def test_each_pipeline_is_called_in_its_own_words(kind, call, here):
     (here / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     model = SimpleNamespace(path=str(here), pipeline_class=getattr(diffusers, kind))
-    args = SimpleNamespace(prompt="cat", frames=5, width=None, height=8, steps=1, guidance_scale=None)
+    args = SimpleNamespace(
+        prompt="cat", frames=5, width=None, height=8, steps=1, guidance_scale=None, negative_prompt=None
+    )
     if call is None:
         with pytest.raises(TutorialError, match=f"A {kind} draws no picture or clip"):
             draw.find_call(model, args)

@@ -31,6 +31,7 @@ from helpers.records import Measurement
 ROOT = Path(__file__).resolve().parent.parent
 FLUX, WAN = (REPOSITORIES[model] for model in ("flux", "wan"))
 KNOWN = shapes.known_shapes()
+QWEN = "Qwen/Qwen-Image"
 MODELS = [model for model in FAMILIES if model != "flux2-dev"]  # of which nothing is recorded
 RECORDED_MODELS = [name for name, path in REPOSITORIES.items() if predict.load_recorded(path, KNOWN).rows]
 
@@ -65,11 +66,13 @@ def advised(family, shape, parameters):
     """What the authors of a model give a call, where that is not what its pipeline does by itself."""
     # The random Wan takes 3 steps, to be done soon.
     full = CHECKPOINTS.get((family.pocket, "full"), family.checkpoint)
-    given = {"height": full.height, "width": full.width, "steps": full.num_inference_steps}
+    given = {"height": full.height, "width": full.width, "steps": family.steps or full.num_inference_steps}
     advice = {key: value for key, value in given.items() if value != shape.call[key]}
     scale = family.checkpoint.guidance_scale
     if scale not in (None, parameters["guidance_scale"].default) and not family.settings.get("is_distilled"):
         advice["guidance_scale"] = scale
+    if shape.with_negative > shape.forwards and family.checkpoint.negative_prompt is not None:
+        advice["negative_prompt"] = family.checkpoint.negative_prompt
     return advice
 
 
@@ -130,7 +133,12 @@ def test_a_repository_is_read_by_the_headers_of_its_files(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("no-folder", "There is no folder"), ("owner/name", "the Hub cannot be reached")]
+    ("path", "message"),
+    [
+        ("no-folder", "There is no folder"),
+        ("tests/no-folder", "There is no folder"),
+        ("owner/name", "the Hub cannot be reached"),
+    ],
 )
 def test_what_cannot_be_read_is_one_sentence(path, message, monkeypatch):
     def offline(path):
@@ -317,7 +325,7 @@ def rows_of_zimage(**changes):
 
 def drawing(recorded, **changes):
     made = plan.recommend(request(model=ZIMAGE, gpu="H100", **changes), KNOWN[ZIMAGE], recorded)
-    return made.lines[-1], made.figures["a step"], made.figures["a picture"].text
+    return made.lines[-1], made.figures["a step"], made.figures["a picture of 1024x1024"].text
 
 
 def test_model_offload_has_one_of_two_experts_on_the_card():
@@ -402,7 +410,7 @@ def test_without_rows_all_is_worked_out_and_says_so():
     ("changes", "problem"),
     [
         ({"card_gb": 4}, "With every block streamed a call takes 3.8 GB, and this card leaves 3.0: draw smaller"),
-        ({"ram_gb": 16}, "It takes 19.0 GB of host memory, and 16 GB leave 14.5"),
+        ({"ram_gb": 16}, "Drawing takes 19.0 GB of host memory, and 16 GB leave 14.5"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, problem):
@@ -426,7 +434,7 @@ def test_nf4_weights_are_not_saved_again():
 
 def test_a_clip_too_large_to_decode_whole_is_decoded_in_tiles():
     made = plan.recommend(request(model=WAN, card_gb=6), KNOWN[WAN], predict.Recorded())
-    assert made.figures["decoding"].text == "in tiles" and "a clip of 81 frames" in made.figures
+    assert made.figures["decoding"].text == "in tiles" and "a clip of 81 frames, 832x480" in made.figures
 
 
 def test_the_lines_are_those_of_the_programs(monkeypatch, tmp_path):
@@ -477,12 +485,35 @@ def test_the_command(capsys):
     assert "within 25%. Misses:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], [FLUX, "--card", "0"], [FLUX, "--card", "12", "--gpu", "Voodoo"]])
+WRONG = [[], [FLUX, "--card", "0"], [FLUX, "--card", "inf"], [FLUX, "--gpu", "RTX 4060 Ti"]]
+WRONG += [
+    [FLUX, "--card", "12", "--gpu", "Voodoo"],
+    [FLUX, "--gpu", "Tesla T4"],
+    [FLUX, "--card", "8", "--frames", "3"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_a_wrong_command_says_what_is_wrong(arguments, monkeypatch):
     monkeypatch.setattr(plan, "this_card", lambda: None)
     with pytest.raises(SystemExit) as error:
         plan.main(arguments)
-    assert error.value.code == 2 or "name one that is like it" in error.value.code
+    assert error.value.code == 2 or re.search("like it|emulates bfloat16|draws pictures", error.value.code)
+
+
+def test_the_memory_of_a_card_comes_from_its_name(capsys):
+    plan.main([FLUX, "--gpu", "4090", "--ram", "64"])
+    assert "--memory-gb 15" in capsys.readouterr().out
+
+
+def test_saving_counts_too():
+    made = plan.find_plan(request(model=QWEN, ram_gb=24))
+    assert re.match(r"Saving takes 29\.\d GB of host memory, and 24 GB leave 22.5", made.problem)
+    assert '--negative-prompt " "' in made.lines[-1] and "save on another machine" in made.problem
+    run, begin, draw = (
+        made.figures[name].text for name in ("one run of draw.py", "before it draws", "a picture of 1328x1328")
+    )
+    assert run.endswith("min") and draw.endswith("min") and begin.endswith("s")
 
 
 def test_a_folder_of_the_same_shape_has_the_rows_of_the_model(monkeypatch):
