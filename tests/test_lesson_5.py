@@ -142,7 +142,7 @@ def test_what_the_lesson_says_of_klein(lesson):
     before, after = (sum(part[key] for part in (transformer, qwen)) / 1e3 for key in ("MB in bf16", "MB in nf4"))
     assert f"{before:.1f} GB of weights become {after:.1f} GB" in TEXT
     billions, nf4_gb = qwen["million weights"] / 1e3, qwen["MB in nf4"] / 1e3
-    assert f"{billions:.1f} billion weights, comes to {nf4_gb:.1f} GB in the same way; {table:.1f} of them" in TEXT
+    assert f"{billions:.1f} billion weights, comes to {nf4_gb:.1f} GB in the same way; {table:.1f} GB of it" in TEXT
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
