@@ -96,7 +96,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *typed]
     lines.append(" ".join([*words, *(["--compile"] if compiled else [])]))
     drawing, host_gb = _drawing(made, row, given, shape, call, (name, card), compile_s if compiled else 0)
-    why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)} of {drawn(call)}"
+    why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
     if row is None:
         figures["least"] = Figure(f"{made.least_gb:.1f} GB reserved", "all blocks streamed; decoding may be half off")
@@ -210,7 +210,7 @@ def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[st
         per_gb = row["call_s"] / recorded.save_gb if row else 0.5
         card, time_s = f"{card_gb:.1f} GB reserved", per_gb * stored_gb
         why = "recorded run, by GB; a slow disk adds to it"
-    disk = f"and {stored_gb:.0f} GB for the model in bfloat16, twice that where its files are float32"
+    disk = f"and {stored_gb:.0f} GB for the model in bfloat16, or {2 * stored_gb:.0f} in float32"
     figures = {
         "to save: memory of the card": Figure(card, memory),
         "to save: host memory": Figure(f"{host_gb:.1f} GB", host),
