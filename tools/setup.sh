@@ -111,7 +111,7 @@ pip() { "$venv_python" -m pip --disable-pip-version-check --log "$log" "$@"; }
 # Older ones are silent for a minute while they install.
 pip install --quiet 'pip>=25.1' || explain_pip
 # Python compiles what is imported, when it is: all of it takes half a minute.
-pip install --no-compile -r requirements.txt || explain_pip
+pip install -r requirements.txt --no-compile || explain_pip
 # The build tool is in the pinned set: nothing else is fetched. It warns that an editable install reads this folder.
 PYTHONWARNINGS=ignore pip install --quiet --no-deps --no-build-isolation -e . || explain_pip
 # matplotlib builds its font cache once. On a slow machine it says so, which would land in a lesson's output.
