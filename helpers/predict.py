@@ -246,7 +246,10 @@ class Recorded:
 
 
 def load_rows(file: Path) -> list[records.Measurement]:
-    """The rows of a file; without their host memory where the program takes less by now."""
+    """The rows of a file, none if it holds something else; without their host memory where by now less is taken."""
+    content = json.loads(file.read_text("utf-8"))
+    if not isinstance(content, list) or not content or "name" not in content[0]:
+        return []
     rows = records.load_measurements(file)
     if file.stem in OLD_FILLING:
         rows = [replace(row, host_peak_gb=None) if "streamed" in row.name else row for row in rows]
@@ -257,15 +260,10 @@ def load_recorded(model: str, shapes: dict[str, Shape], folder: Path = RESULTS) 
     """The recorded rows of a repository id, of full size; and the last run of `save_nf4.py`."""
     rows, save = [], None
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, list) or not content:
-            continue
         if file.name.startswith("limits_"):
+            content = json.loads(file.read_text("utf-8"))
             save = next((row for row in content if row.get("program") == SAVE and row.get("call_s")), save)
-        elif "name" in content[0]:
-            measured = load_rows(file)
-            rows += [
-                row for row in measured if REPOSITORIES.get(row.model) == model and row.checkpoint_size != "pocket"
-            ]
+        measured = load_rows(file)
+        rows += [row for row in measured if REPOSITORIES.get(row.model) == model and row.checkpoint_size != "pocket"]
     of = REPOSITORIES.get(save["model"], "") if save else ""
     return Recorded(rows, save, shapes[of].stored / GB if of else 0.0, of == model)

@@ -1,6 +1,5 @@
 """How far what `helpers.predict` works out is from what was recorded, for every row of a GPU."""
 
-import json
 import re
 from collections.abc import Container
 from dataclasses import replace
@@ -64,9 +63,6 @@ def errors(folder: Path = RESULTS, models: Container[str] = tuple(REPOSITORIES))
     """Each figure of memory and time of every recorded row of a GPU, and how far what is worked out is off."""
     found = []
     for file in sorted(folder.glob("*.json")):
-        rows = json.loads(file.read_text("utf-8"))
-        if not isinstance(rows, list) or "name" not in rows[0]:
-            continue
         for row in load_rows(file):
             if row.model not in models or row.checkpoint_size == "pocket" or (made := predict_row(row)) is None:
                 continue

@@ -140,8 +140,8 @@ def test_strategies_draw_the_same(family, checkpoint, tmp_path):
     torch.testing.assert_close(run(f"saved nf4, streamed, {limit:.9f} GB, eager")[0], leaves)
 
 
-# Ways to place weights that change no arithmetic. With all of them resident test_measure.py has it.
-SAME = ("model offload", "block group offload", "streamed")
+# Ways to place weights that change no arithmetic.
+SAME = ("resident", "model offload", "block group offload", "streamed")
 # Why a pipeline cannot be called with a scheduler, whoever measures: it is left out.
 REFUSED = "does not support custom sigmas|no attribute 'init_noise_sigma'|no attribute 'set_begin_index'|by non-int"
 REFUSED_COMPATIBLE = {"PNDMScheduler {}": "could not be broadcast together"}  # more Runge-Kutta steps than there are

@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers import devices
+
 UNKNOWN = 3  # the token of an unknown word
 
 
@@ -22,7 +24,7 @@ def pick_device(seed: int) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward broke off at these sizes (torch 2.11, Hopper)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return devices.accelerator()
 
 
 def build_tokenizer(words: list[str], max_length: int, bos: bool) -> PreTrainedTokenizerFast:
@@ -251,6 +253,6 @@ def load_pipeline(checkpoint: str, nf4: bool) -> DiffusionPipeline:
             components_to_quantize=["transformer", "text_encoder_2" if "text_encoder_2" in parts else "text_encoder"],
         )
     pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=config)
-    pipeline.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    pipeline.to(devices.accelerator())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

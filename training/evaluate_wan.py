@@ -26,7 +26,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline
 from evaluate_flux import border_colour
 from tqdm import tqdm
 
-from helpers import cpu_backend
+from helpers import cpu_backend, devices
 
 WINDOW = 56  # side of the square around an emoji that is compared, in pixels
 LOOKED_AT = slice(0, FRAMES, 4)  # frames of which the emoji is recognised
@@ -147,9 +147,7 @@ def main() -> None:
     cpu_backend.enable()
     sprites = load_sprites(args.font)
     names = json.loads((Path(args.checkpoint) / "names.json").read_text())["names"]
-    clips = Clips(
-        {name: sprites[name] for name in names}, torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    )
+    clips = Clips({name: sprites[name] for name in names}, devices.accelerator())
     chosen = {
         split: random.Random(args.seed).sample(triples, min(args.triples, len(triples)))
         for split, triples in zip(("training", "held out"), split_triples(names), strict=True)
