@@ -87,8 +87,8 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="what contains a TEXT, of all that --list names but fp8 and caches; or a whole name, any, such as "
-        "'bf16, streamed, 6.5 GB, eager'",
+        help="a whole name, any, such as 'bf16, streamed, 6.5 GB, eager'; or else all that contains a TEXT, of what "
+        "--list names but fp8 and caches",
     )
     parser.add_argument("--list", action="store_true", help="print the names of all combinations and stop")
     parser.add_argument("--prompt", help="what to draw")
@@ -125,8 +125,10 @@ def run(args: argparse.Namespace) -> None:
     """
     names = list(strategies.COMBINATIONS)
     if args.only:
-        names = [name for name in SEARCHED if any(text in name for text in args.only)]
-        names += [text for text in args.only if strategies.is_combination(text) and text not in names]
+        whole = [text for text in args.only if text in SEARCHED or strategies.is_combination(text)]
+        parts = [text for text in args.only if text not in whole]
+        names = [name for name in SEARCHED if name in whole or any(text in name for text in parts)]
+        names += [text for text in dict.fromkeys(whole) if text not in SEARCHED]
     if not names:
         raise TutorialError(f"No combination contains {' or '.join(args.only)}: see `python -m benchmarks --list`.")
     files.check_writable(args.results, "name another folder with --results")

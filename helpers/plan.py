@@ -79,6 +79,11 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     options = {key: value for key in OPTIONS if (value := (shape.advised | asked).get(key)) is not None}
     if shape.call["frames"] == 1 and request.frames:
         raise TutorialError(f"{request.model} draws pictures: leave --frames out.")
+    for side in ("height", "width"):
+        if (pixels := asked.get(side, 0)) % shape.spatial:
+            least = max(pixels // shape.spatial, 1) * shape.spatial
+            near = f"{least} or {least + shape.spatial}"
+            raise TutorialError(f"{request.model} draws multiples of {shape.spatial} pixels: let --{side} be {near}.")
     call, shape = Call(*((shape.call | options)[key] for key in SIZES)), called(shape, options)
     limit = math.floor(10 * (request.card_gb - CUDA_GB - DISPLAY_GB) + 1e-6) / 10
     row, given = _choose(recorded.rows, shape, card, call, limit)
@@ -88,10 +93,10 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     compiled = gains_s > compile_s
     made = both[compiled]
     if made.least_gb > limit:
-        takes = f"With every block streamed a call takes {made.least_gb:.1f} GB"
+        takes = f"With every block streamed a call takes {size(made.least_gb)}"
         return Plan([], {}, f"{takes}, and this card leaves {max(limit, 0):.1f}: draw smaller, or fewer frames.")
     lines, figures, saving_gb = _saving(request, shape, recorded)
-    texts = {key: f'"{value}"' if key == "negative_prompt" else f"{value:g}" for key, value in options.items()}
+    texts = {key: quoted(value) if key == "negative_prompt" else f"{value:g}" for key, value in options.items()}
     typed = [f"--{key.replace('_', '-')} {text}" for key, text in texts.items()]
     words = ["python programs/draw.py", _folder(request, shape), '"a prompt"', f"--memory-gb {given:g}", *typed]
     lines.append(" ".join([*words, *(["--compile"] if compiled else [])]))
@@ -99,7 +104,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
     if row is None:
-        figures["least"] = Figure(f"{made.least_gb:.1f} GB reserved", "all blocks streamed; decoding may be half off")
+        figures["least"] = Figure(f"{size(made.least_gb)} reserved", "all blocks streamed; decoding may be half off")
     if made.tiled:
         figures["decoding"] = Figure("in tiles", f"whole it needs more than {given:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
@@ -178,8 +183,8 @@ def _drawing(
             begin_s, begin = row.load_s, f"{of}, compiling included"
     begin_s, drawn_s = max(begin_s, 1), call.steps * step_s + outside_s
     figures = {
-        "memory of the card": Figure(f"{reserved_gb:.1f} GB reserved", memory),
-        "host memory": Figure(f"{host_gb:.1f} GB", host),
+        "memory of the card": Figure(f"{size(reserved_gb)} reserved", memory),
+        "host memory": Figure(size(host_gb), host),
         "before it draws": Figure(seconds(begin_s), begin),
         "a step": Figure(seconds(step_s), step),
         drawn(call): Figure(seconds(drawn_s), f"{call.steps} steps, the prompt, the decoding"),
@@ -208,13 +213,13 @@ def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[st
         host = "worked out: the largest file, and the largest part in nf4"
     else:
         per_gb = row["call_s"] / recorded.save_gb if row else 0.5
-        card, time_s = f"{card_gb:.1f} GB reserved", per_gb * stored_gb
+        card, time_s = f"{size(card_gb)} reserved", per_gb * stored_gb
         why = "recorded run, by GB; a slow disk adds to it"
-    disk = f"and {stored_gb:.0f} GB for the model in bfloat16, or {2 * stored_gb:.0f} in float32"
+    disk = f"and {size(stored_gb)} for the model in bfloat16, or {size(2 * stored_gb)} in float32"
     figures = {
         "to save: memory of the card": Figure(card, memory),
-        "to save: host memory": Figure(f"{host_gb:.1f} GB", host),
-        "to save: disk": Figure(f"{shape.weights / GB:.1f} GB", disk),
+        "to save: host memory": Figure(size(host_gb), host),
+        "to save: disk": Figure(size(shape.weights / GB), disk),
         "to save: time": Figure(seconds(max(time_s, 1)), why),
     }
     return [line], figures, host_gb
@@ -228,8 +233,18 @@ def _folder(request: Request, shape: Shape) -> str:
 
 def drawn(call: Call) -> str:
     """What a call draws, in words."""
-    size = f"{call.width}x{call.height}"
-    return f"a picture of {size}" if call.frames == 1 else f"a clip of {call.frames} frames, {size}"
+    pixels = f"{call.width}x{call.height}"
+    return f"a picture of {pixels}" if call.frames == 1 else f"a clip of {call.frames} frames, {pixels}"
+
+
+def quoted(text: str) -> str:
+    """An argument for a shell: in double quotes, which every shell knows, unless it has signs of meaning there."""
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+
+
+def size(gb: float) -> str:
+    """GB, or MB of what is small, such as a pocket model."""
+    return f"{gb:.1f} GB" if gb >= 0.1 else f"{1e3 * gb:.0f} MB"
 
 
 def seconds(value: float) -> str:
@@ -279,6 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     for option in ("card", "ram", *SIZES):
         if (value := vars(args)[option]) is not None and not 0 < value < math.inf:
             parser.error(f"--{option} must be more than 0, and finite")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        parser.error("--guidance-scale must be 0 or more, and finite")
     here = this_card()
     try:
         card_gb = args.card or (usual_gb(args.gpu) if args.gpu else here[1] if here else None)

@@ -326,6 +326,14 @@ def test_a_failure_is_a_row_and_the_others_go_on(checkpoint, started, monkeypatc
     assert distances["bf16, resident, eager"] == 0 and distances["saved nf4, leaf group offload, eager"] > 0
 
 
+def test_a_whole_name_is_that_combination_alone(checkpoint, started, monkeypatch, tmp_path):
+    """Though others contain it: saved nf4 begins with another word."""
+    options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only")
+    own = "bf16, streamed, 0.5 GB, eager"
+    assert run(monkeypatch, *options, "nf4, resident, regional compile", "recipe 1", own, own) == ""
+    assert list(results(tmp_path / "r")) == ["nf4, resident, regional compile", "recipe 1", own]
+
+
 def test_a_warm_cache_is_that_of_the_first_of_two_processes(checkpoint, started, monkeypatch, tmp_path):
     options = ("--checkpoint", checkpoint("sd3"), "--results", tmp_path / "r", "--only", "nf4, resident")
     assert run(monkeypatch, *options, "--warm-cache") == ""

@@ -490,7 +490,10 @@ WRONG += [
     [FLUX, "--card", "12", "--gpu", "Voodoo"],
     [FLUX, "--gpu", "Tesla T4"],
     [FLUX, "--card", "8", "--frames", "3"],
+    [FLUX, "--card", "8", "--height", "777"],
+    [FLUX, "--card", "8", "--guidance-scale", "-1"],
 ]
+SAID = "like it|emulates bfloat16|draws pictures|let --height be 768 or 784"
 
 
 @pytest.mark.parametrize("arguments", WRONG)
@@ -498,7 +501,7 @@ def test_a_wrong_command_says_what_is_wrong(arguments, monkeypatch):
     monkeypatch.setattr(plan, "this_card", lambda: None)
     with pytest.raises(SystemExit) as error:
         plan.main(arguments)
-    assert error.value.code == 2 or re.search("like it|emulates bfloat16|draws pictures", error.value.code)
+    assert error.value.code == 2 or re.search(SAID, error.value.code)
 
 
 def test_the_memory_of_a_card_comes_from_its_name(capsys):
@@ -514,6 +517,20 @@ def test_saving_counts_too():
         made.figures[name].text for name in ("one run of draw.py", "before it draws", "a picture of 1328x1328")
     )
     assert run.endswith("min") and draw.endswith("min") and begin.endswith("s")
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "a cat", 'a "cat"', "$5", "it's"])
+def test_a_negative_prompt_reaches_the_program_as_it_is(prompt):
+    made = plan.find_plan(request(model=QWEN, negative_prompt=prompt))
+    words = shlex.split(made.lines[-1])
+    assert words[words.index("--negative-prompt") + 1] == prompt
+
+
+def test_a_small_model_has_megabytes():
+    made = plan.find_plan(request(model=str(ROOT / "checkpoints" / "pocket-flux")))
+    assert made.figures["to save: disk"] == plan.Figure(
+        "8 MB", "and 18 MB for the model in bfloat16, or 37 MB in float32"
+    )
 
 
 def test_a_folder_of_the_same_shape_has_the_rows_of_the_model(monkeypatch):
