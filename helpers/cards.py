@@ -53,7 +53,8 @@ def find_card(name: str) -> tuple[str, Card]:
     Raises:
         TutorialError: nothing is known of it.
     """
-    if figures := re.fullmatch(r"([\d.]+)/([\d.]+)/([\d.]+)", name):
+    figures = re.fullmatch("/".join([r"(\d+(?:\.\d+)?)"] * 3), name)
+    if figures and min(map(float, figures.groups())) > 0:
         return name, Card(*map(float, figures.groups()))
     plain = re.sub(r"nvidia|geforce|rtx|gpu|\s|-", "", name.lower())
     for known in CARDS:

@@ -84,6 +84,8 @@ def form() -> Any:
 def answer_for(model: str, card_gb: float, ram_gb: float) -> str:
     """The plan as text, or the sentence that says why there is none."""
     try:
-        return plan.describe(plan.find_plan(plan.Request(model, card_gb, ram_gb, usual_card(card_gb))))
+        gpu = usual_card(card_gb)
+        made = plan.describe(plan.find_plan(plan.Request(model, card_gb, ram_gb, gpu)))
+        return f"Times are those of the {gpu}: in a terminal, --gpu names another.\n\n{made}"
     except TutorialError as error:
         return str(error)

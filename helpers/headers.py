@@ -40,11 +40,8 @@ def read_shape(path: str) -> Shape:
     Raises:
         TutorialError: it is no such model, its weights have no headers, or the Hub cannot be reached.
     """
+    path = models.find_path(path)
     if not Path(path).is_dir():
-        if Path(path).parent.is_dir() and "/" in path:  # checkpoints/flux looks like a repository id
-            raise TutorialError(f"There is no folder {path!r}.")
-        if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
-            raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
         try:
             cached = snapshot_download(path, local_files_only=True)
             path = cached if checks.find_fault(Path(cached)) is None else path

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from helpers.errors import TutorialError
 
 LARGE = 0.25
 """A text encoder is large, and worth quantizing, from this share of the largest one on."""
+
+MORE_THAN_A_PROMPT = re.compile(
+    "Adapter|Control|controlnet|Edit|Fill|I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
+    "|(Image|Video)To(Video|World)"
+)
+"""In the name of a pipeline or of a component: it starts from a picture or a clip."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,24 @@ def find_given(path: str) -> str:
     Raises:
         TutorialError: it is not.
     """
+    path = find_path(path)
+    return path if Path(path).is_dir() else checks.find_on_hub(path)
+
+
+def find_path(path: str) -> str:
+    """A folder that is there, or what can be a repository id, which the address of its page has in it.
+
+    Raises:
+        TutorialError: it is neither.
+    """
     if path and Path(path).is_dir():
         return path
+    path = re.sub(r"^https://huggingface\.co/([^/?#]+/[^/?#]+).*", r"\1", path)
+    if Path(path).parent.is_dir() and "/" in path:  # checkpoints/flux looks like a repository id
+        raise TutorialError(f"There is no folder {path!r}.")
     if path.count("/") != 1 or path.startswith(("/", ".", "~")) or path.endswith("/"):
         raise TutorialError(f"There is no folder {path!r}, and it is no repository id, which would be owner/name.")
-    return checks.find_on_hub(path)
+    return path
 
 
 def find_model(path: str) -> Model:
@@ -92,12 +112,15 @@ def find_model(path: str) -> Model:
             "-video model."
         )
     classes = {name: _component_class(*entry) for name, entry in components.items()}
-    denoisers = tuple(name for name, cls in classes.items() if _is_denoiser(name, cls))
-    if not denoisers:
-        raise TutorialError(f"{path} is a {pipeline}, in which no transformer and no UNet was found.")
     if Path(path).is_dir():
         check_folder(Path(path))
     sizes, variant = _weight_sizes(path)
+    for name, (library, kind) in components.items():
+        if classes[name] is None and sizes.get(name) and library in ("diffusers", "transformers"):
+            raise TutorialError(f"{path} has a {kind}, which your {library} does not have: use a newer {library}.")
+    denoisers = tuple(name for name, cls in classes.items() if _is_denoiser(name, cls))
+    if not denoisers:
+        raise TutorialError(f"{path} is a {pipeline}, in which no transformer and no UNet was found.")
     encoders = tuple(name for name, cls in classes.items() if _is_text_encoder(name, cls))
     # CLIP is small beside a T5 or a language model. A pipeline may have nothing else.
     candidates = [name for name in encoders if "CLIP" not in components[name][1]] or encoders
@@ -172,6 +195,15 @@ def _pipeline_class(path: str) -> type[DiffusionPipeline]:
             f"{path} is for a {name}, which diffusers {diffusers.__version__} does not have: use a newer diffusers."
         )
     return cls
+
+
+def find_more(path: str) -> str:
+    """Why programs/draw.py cannot draw with a pipeline, in half a sentence; "" where it can: from a prompt alone."""
+    kind = _pipeline_class(path).__name__
+    words = " ".join((kind, *read_components(path)))
+    if "height" in call_parameters(path) and not MORE_THAN_A_PROMPT.search(words):
+        return ""
+    return f"A {kind} draws no picture or clip from a prompt alone"
 
 
 def _must_be_given(parameter: inspect.Parameter) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from helpers import records
+from helpers import models, records
 from helpers.cards import GB, Card, find_card, this_card, usual_card, usual_gb
 from helpers.errors import TutorialError
 from helpers.headers import read_shape
@@ -119,7 +119,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
 def _choose(
     rows: Sequence[records.Measurement], shape: Shape, card: Card, call: Call, limit: float
 ) -> tuple[records.Measurement | None, float]:
-    """The row of this limit or the next lower, and the limit to type: the row's, unless more makes a step faster.
+    """The row of this limit or the next lower, and the limit to type: the row's, if more is no use.
 
     Of several rows those of the same card come first, then the fastest: a quiet machine's.
     """
@@ -128,8 +128,8 @@ def _choose(
     row = max(fits, key=lambda row: (_limit(row), find_card(row.device)[1] == card, -row.latency_s), default=None)
     if row is None:
         return None, limit
-    fast, now = (predict(shape, card, call, limit_gb=gb).step_ms for gb in (limit, _limit(row)))
-    return row, limit if fast < 0.95 * now else _limit(row)
+    more, less = (predict(shape, card, call, limit_gb=gb) for gb in (limit, _limit(row)))
+    return row, limit if more.step_ms < 0.95 * less.step_ms or more.tiled < less.tiled else _limit(row)
 
 
 def _limit(row: records.Measurement) -> float:
@@ -209,8 +209,9 @@ def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[st
         memory = host = f"run of save_nf4.py, {find_card(row['device'])[0]}"
     if card_gb > request.card_gb - CUDA_GB - DISPLAY_GB:
         line, time_s, why = f"{line} --device cpu", CPU_S * stored_gb, "lesson 2's run on two CPU cores, by GB"
-        card, memory, host_gb = "none", f"{card_gb:.1f} GB would not fit: on the CPU", host_gb + shape.largest / GB
-        host = "worked out: the largest file, and the largest part in nf4"
+        card, memory = "none", f"{card_gb:.1f} GB would not fit: on the CPU"
+        host_gb = max(host_gb, (shape.largest_file + shape.largest) / GB + 1.1)
+        host = "worked out: a file beside the largest part in nf4, or the largest text encoder"
     else:
         per_gb = row["call_s"] / recorded.save_gb if row else 0.5
         card, time_s = f"{size(card_gb)} reserved", per_gb * stored_gb
@@ -261,7 +262,11 @@ def seconds(value: float) -> str:
 def find_plan(request: Request) -> Plan:
     """`recommend` with what is known of the model: its recorded rows, else the headers of its files."""
     shapes = known_shapes()
-    shape = shapes.get(request.model) or read_shape(request.model)
+    path = models.find_path(request.model)
+    request = replace(request, model=path)
+    if path not in shapes and (more := models.find_more(path)):
+        raise TutorialError(f"{more}, as draw.py does: there is no plan for it.")
+    shape = shapes.get(path) or read_shape(path)
     alike = [name for name, other in shapes.items() if (other.kinds, other.rest) == (shape.kinds, shape.rest)]
     # What is alike may be another training of it: what its authors advise holds for what has its name, as nf4 has.
     named = [name for name in alike if Path(name).name.lower() in Path(request.model).name.lower()]
@@ -301,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
         card_gb = args.card or (usual_gb(args.gpu) if args.gpu else here[1] if here else None)
         if not args.model or not card_gb:
             parser.error("give a model, and --card with the GB of the card")
-        ram_gb = args.ram or psutil.virtual_memory().total / GB
+        ram_gb = args.ram or round(psutil.virtual_memory().total / GB, 1)
         gpu = args.gpu or (here[0] if here and args.card is None else usual_card(card_gb))
         plan = find_plan(Request(args.model, card_gb, ram_gb, gpu, **{key: vars(args)[key] for key in OPTIONS}))
     except TutorialError as error:

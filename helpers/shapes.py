@@ -104,10 +104,12 @@ class Shape:
 
 def called(shape: Shape, arguments: Mapping[str, Any]) -> Shape:
     """The shape with as many forwards in a step as a call of the pipeline with these arguments has."""
+    if shape.with_negative > shape.forwards:  # as Qwen-Image, which does not look at its guidance scale
+        return replace(shape, forwards=shape.with_negative) if arguments.get("negative_prompt") else shape
     unguided = 0 if shape.pipeline == "ZImagePipeline" else 1  # the highest scale that asks for no second forward
     if (scale := arguments.get("guidance_scale")) is not None and scale <= unguided:
         return replace(shape, forwards=1)
-    return replace(shape, forwards=shape.with_negative) if arguments.get("negative_prompt") else shape
+    return shape
 
 
 @functools.cache

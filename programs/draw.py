@@ -7,8 +7,9 @@ helpers/streaming.py decides what stays on the card and what is streamed there, 
 """
 
 import argparse
+import inspect
+import math
 import os
-import re
 import signal
 import sys
 import time
@@ -45,19 +46,14 @@ OPTIONS = {  # what pipelines call it
     "guidance_scale": ("guidance_scale",),
     "negative_prompt": ("negative_prompt",),
 }
-MORE_THAN_A_PROMPT = re.compile(
-    "Adapter|Control|controlnet|Edit|Fill|I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
-    "|(Image|Video)To(Video|World)"
-)
 FPS = 16  # Wan's
 
 
 def find_call(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the call, which the pipeline must take."""
     parameters, kind = models.call_parameters(model.path), model.pipeline_class.__name__
-    words = " ".join((kind, *models.read_components(model.path)))
-    if "height" not in parameters or MORE_THAN_A_PROMPT.search(words):
-        raise TutorialError(f"A {kind} draws no picture or clip from a prompt alone: give another model.")
+    if more := models.find_more(model.path):
+        raise TutorialError(f"{more}: give another model.")
     call = {"prompt": args.prompt, "output_type": "pil"}
     for option, names in OPTIONS.items():
         if (value := getattr(args, option)) is not None:
@@ -78,6 +74,17 @@ def find_out(out: Path | None, is_clip: bool) -> Path:
     if out.is_dir() or (out.exists() and not os.access(out, os.W_OK)):
         raise TutorialError(f"{out} cannot be overwritten: give another --out.")
     return out
+
+
+def check_call(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
+    """Let the pipeline check the call now: its weights take a minute to sort."""
+    if check := getattr(pipeline, "check_inputs", None):
+        defaults = {
+            name: given.default for name, given in inspect.signature(type(pipeline).__call__).parameters.items()
+        }
+        known = {name: (defaults | call).get(name) for name in inspect.signature(check).parameters}
+        if None not in (known.get("height", 0), known.get("width", 0)):
+            check(**known)
 
 
 def load(model: Model, compiled: bool) -> DiffusionPipeline:
@@ -108,6 +115,7 @@ def draw(args: argparse.Namespace) -> str:
     print(f"Loading {args.folder} into host memory.", flush=True)
     pipeline = load(model, args.compile)
     try:
+        check_call(pipeline, call)
         pipeline.set_progress_bar_config(desc="One step, to measure")
         print(fill_card(pipeline, args.memory_gb, **call), flush=True)
         pipeline.set_progress_bar_config(desc="Drawing")
@@ -118,6 +126,10 @@ def draw(args: argparse.Namespace) -> str:
         raise TutorialError("The card ran out of memory: draw smaller, or give more by --memory-gb.") from error
     except (MemoryError, NotImplementedError, ValueError) as error:
         raise TutorialError(str(error)) from error  # too low a limit, or a size that the model cannot draw
+    except RuntimeError as error:
+        if min(call.get("height", 64), call.get("width", 64)) >= 64:
+            raise
+        raise TutorialError(f"The model draws nothing so small ({error}): give 64x64 pixels or more.") from error
     drawn = output[0][0]  # whatever it is called: the first picture or clip
     if isinstance(drawn, list):
         own = parameters.get("frame_rate") or parameters.get("fps")
@@ -151,8 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=".png, .jpg, .webp for a picture; .mp4, .gif for a clip")
     args = parser.parse_args(arguments)
     for option in ("memory_gb", "width", "height", "steps", "frames", "fps"):
-        if (value := vars(args)[option]) is not None and not value > 0:
-            parser.error(f"--{option.replace('_', '-')} must be more than 0")
+        if (value := vars(args)[option]) is not None and not 0 < value < math.inf:
+            parser.error(f"--{option.replace('_', '-')} must be more than 0, and finite")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        parser.error("--guidance-scale must be 0 or more, and finite")
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed must be from 0 to 9223372036854775807")
     try:
         checks.check_versions()
         drawn, took = measure.measure_load(lambda: draw(args))

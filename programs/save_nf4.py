@@ -12,6 +12,8 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 
 def stop(*_) -> None:
@@ -29,6 +31,7 @@ helpers.quiet.show_loading_bars()
 import diffusers
 import torch
 import transformers
+from diffusers.models import model_loading_utils
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -37,6 +40,7 @@ from helpers.errors import TutorialError
 from helpers.models import Model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+LOAD_FILE = model_loading_utils.load_state_dict
 UNFINISHED = "model_index.unfinished"  # the index has this name until all that it lists is written
 ELSEWHERE = "give another folder as OUT"
 
@@ -64,6 +68,16 @@ def prepare(out: Path, model: Model) -> None:
     shutil.copyfile(Path(model.path) / "model_index.json", out / UNFINISHED)
 
 
+def load_file(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """As diffusers loads a file of weights, but with copies of all that is no matrix, which nf4 leaves as it is.
+
+    A tensor that is used as it was read keeps its whole file in memory: quantized on the CPU, FLUX had 32 GB of it.
+    """
+    return {
+        name: tensor if tensor.dim() == 2 else tensor.clone() for name, tensor in LOAD_FILE(*args, **kwargs).items()
+    }
+
+
 def save_component(name: str, model: Model, out: Path, device: str) -> None:
     """Load one component, quantized if it is a large one, and save it; what has no weights is copied."""
     source, cls = Path(model.path) / name, model.component_class(name)
@@ -78,7 +92,8 @@ def save_component(name: str, model: Model, out: Path, device: str) -> None:
         settings["quantization_config"] = library.BitsAndBytesConfig(**NF4)
     if name not in model.quantized or device == "cpu":
         settings["device_map"] = "cpu"  # without it, weights are quantized on the card
-    component = cls.from_pretrained(source, **settings)
+    with mock.patch.object(model_loading_utils, "load_state_dict", load_file):
+        component = cls.from_pretrained(source, **settings)
     component.save_pretrained(out / name, max_shard_size=models.find_file_size(component))
     del component
     devices.free_memory()
@@ -110,6 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
         cpu_backend.enable()  # without a card, diffusers would refuse to quantize
         model = find_source(args.model)
         prepare(args.out, model)
+        if more := models.find_more(model.path):
+            print(f"{more}: what is saved is for a program of your own, not for draw.py.", flush=True)
         _, took = measure.measure_load(lambda: save(model, args.out, device))
     except TutorialError as error:
         sys.exit(str(error))

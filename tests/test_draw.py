@@ -208,10 +208,34 @@ def test_numbers_that_cannot_be(option, capsys):
     assert f"{option} must be more than 0" in capsys.readouterr().err
 
 
-def test_too_little_memory_and_a_size_that_cannot_be(folder):
+@pytest.mark.parametrize(
+    ("option", "value", "range"),
+    [("--memory-gb", "inf", "finite"), ("--memory-gb", "nan", "finite"), ("--guidance-scale", "-1", "0 or more")]
+    + [("--guidance-scale", "nan", "0 or more"), ("--seed", "-1", "from 0 to"), ("--seed", str(2**64), "from 0 to")],
+)
+def test_numbers_out_of_range(option, value, range, capsys):
+    assert refusal("folder", "cat", option, value) == "2"
+    assert f"{option} must be" in (said := capsys.readouterr().err) and range in said
+
+
+def test_too_little_memory(folder):
     said = refusal(folder("sd3"), "cat", *SMALL, "--memory-gb", "0.0000001")
+    devices.limit_memory(1000)  # the limit holds for the whole process
     assert said.startswith(("With every block streamed a call takes ", "The card has no room")) and "give more" in said
-    assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
+
+
+def test_a_size_that_cannot_be(folder, monkeypatch):
+    with monkeypatch.context() as patch:  # the pipeline says so itself: before the weights are sorted
+        patch.setattr(draw, "fill_card", None)
+        assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
+    said = refusal(folder("flux"), "cat", "--height", "1", "--width", "1", "--steps", "1")
+    assert said.startswith("The model draws nothing so small (") and said.endswith("give 64x64 pixels or more.")
+
+
+def test_an_error_of_a_picture_large_enough_is_shown_as_it_is(folder, monkeypatch):
+    monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        draw.main([str(folder("sd3")), "cat", "--height", "64", "--width", "64"])
 
 
 def test_the_allocator_is_told_before_torch_is_imported(monkeypatch, capsys):

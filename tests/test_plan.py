@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import draw
 import pytest
 import save_nf4
+import tiny_pipelines
 from bitsandbytes.nn import Params4bit
 from diffusers import ModelMixin
 from safetensors.numpy import save_file
@@ -308,6 +309,7 @@ def test_another_card_is_carried_over_by_compute_and_bus():
         ("z-image", {"guidance_scale": 1.0}, 2),
         ("qwen-image", {}, 1),
         ("qwen-image", {"negative_prompt": " "}, 2),
+        ("qwen-image", {"negative_prompt": " ", "guidance_scale": 1.0}, 2),  # it goes by true_cfg_scale
     ],
 )
 def test_forwards_are_those_of_the_call(model, arguments, forwards):
@@ -362,6 +364,8 @@ def test_a_row_of_other_steps_gives_the_time_of_the_call(steps):
 
 def test_another_training_of_the_same_shape_is_not_called_like_it(monkeypatch):
     monkeypatch.setattr(plan, "read_shape", lambda path: dataclasses.replace(KNOWN[ZIMAGE], advised={}))
+    monkeypatch.setattr(plan.models, "find_path", str)
+    monkeypatch.setattr(plan.models, "find_more", lambda path: "")
     assert plan.find_plan(request(model="me/Z-Image")).lines[-1].endswith("--memory-gb 8 --compile")
     assert "--steps 9 --guidance-scale 0" in plan.find_plan(request(model="nf4-z-image-turbo")).lines[-1]
 
@@ -488,6 +492,7 @@ def test_the_command(capsys):
 WRONG = [[], [FLUX, "--card", "0"], [FLUX, "--card", "inf"], [FLUX, "--gpu", "RTX 4060 Ti"]]
 WRONG += [
     [FLUX, "--card", "12", "--gpu", "Voodoo"],
+    [FLUX, "--card", "12", "--gpu", "0/0/0"],
     [FLUX, "--gpu", "Tesla T4"],
     [FLUX, "--card", "8", "--frames", "3"],
     [FLUX, "--card", "8", "--height", "777"],
@@ -510,8 +515,9 @@ def test_the_memory_of_a_card_comes_from_its_name(capsys):
 
 
 def test_saving_counts_too():
-    made = plan.find_plan(request(model=QWEN, ram_gb=24))
-    assert re.match(r"Saving takes 29\.\d GB of host memory, and 24 GB leave 22.5", made.problem)
+    in_one_file = dataclasses.replace(KNOWN[QWEN], largest_file=2 * 10**10)
+    made = plan.recommend(request(model=QWEN, ram_gb=24), in_one_file, predict.load_recorded(QWEN, KNOWN))
+    assert re.match(r"Saving takes 32\.\d GB of host memory, and 24 GB leave 22.5", made.problem)
     assert '--negative-prompt " "' in made.lines[-1] and "save on another machine" in made.problem
     run, begin, draw = (
         made.figures[name].text for name in ("one run of draw.py", "before it draws", "a picture of 1328x1328")
@@ -533,9 +539,36 @@ def test_a_small_model_has_megabytes():
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "QwenImageEditPipeline"}, "A QwenImageEditPipeline draws no picture or clip from a prompt"),
+        ({"transformer": ["diffusers", "Qwen9Model"]}, "has a Qwen9Model, which your diffusers does not have: use a"),
+        ({"text_encoder": ["transformers", "Qwen9VL"]}, "has a Qwen9VL, which your transformers does not have: use a"),
+    ],
+)
+def test_what_draw_refuses_has_no_plan(changes, message, tmp_path):
+    """Before gigabytes are downloaded and quantized."""
+    folder = tiny_pipelines.save("qwen-image", tmp_path / "qwen")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | changes))
+    with pytest.raises(TutorialError, match=message):
+        plan.find_plan(request(model=str(folder)))
+
+
+def test_the_address_of_a_page_is_that_of_its_model():
+    made = plan.find_plan(request(model=f"https://huggingface.co/{FLUX}/tree/main"))
+    assert made == plan.find_plan(request(model=FLUX))
+
+
+def test_more_is_given_where_less_would_decode_in_tiles():
+    made = plan.find_plan(request(model=QWEN, card_gb=12))
+    assert "--memory-gb 11 " in made.lines[-1] and "decoding" not in made.figures
+
+
 def test_a_folder_of_the_same_shape_has_the_rows_of_the_model(monkeypatch):
     monkeypatch.setattr(plan, "read_shape", lambda path: dataclasses.replace(KNOWN[FLUX], quantized=True))
-    made = plan.find_plan(request(model="nf4-flux"))
+    made = plan.find_plan(request(model=str(ROOT / "checkpoints" / "pocket-flux")))
     assert made.figures["memory of the card"].reason.startswith("row of 11 GB, H")
 
 

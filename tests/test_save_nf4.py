@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -194,6 +195,24 @@ def test_one_component_at_a_time_is_alive(pixart, tmp_path, monkeypatch):
     assert len(alive) == 5 and max(alive) <= before
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what lies in memory")
+def test_on_the_cpu_no_file_of_weights_stays_in_memory(tmp_path, monkeypatch):
+    """One of diffusers would as long as one of its tensors is used, so all files at once, beside what is saved."""
+    source, mapped = tmp_path / "qwen", []
+    pipeline = tiny_pipelines.build("flux2")
+    pipeline.save_pretrained(source, max_shard_size="50KB")
+    find_file_size, folder = models.find_file_size, str(source / "transformer")
+    assert len(list(Path(folder).glob("*.safetensors"))) > 3
+
+    def note(component):
+        mapped.append(folder in Path("/proc/self/maps").read_text())
+        return find_file_size(component)
+
+    monkeypatch.setattr(models, "find_file_size", note)
+    save(source, tmp_path / "out", "--device", "cpu")
+    assert len(mapped) == 3 and not any(mapped)
+
+
 def test_what_is_there_is_not_overwritten_and_not_quantized_again(pixart, tmp_path):
     out = tmp_path / "out"
     save(pixart, out)
@@ -217,6 +236,12 @@ def test_checkpoints_that_cannot_be(pixart, tmp_path, monkeypatch):
     (pixart / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert "is cut short" in refusal(pixart, out)
     assert not out.exists()
+
+
+def test_what_draw_refuses_is_saved_for_other_programs_and_it_says_so(pixart, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "find_more", lambda path: "A PixArtEditPipeline draws nothing")
+    save(pixart, tmp_path / "out")
+    assert "A PixArtEditPipeline draws nothing: what is saved is for a program of your own" in capsys.readouterr().out
 
 
 def test_a_repository_is_checked_before_it_is_downloaded(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_the_form_answers_what_is_chosen(monkeypatch):
     card.value = 8
     assert "--memory-gb 7" in answer.value
     model.value, ram.value = finder.REPOSITORIES["wan"], 16
-    assert re.search(r"Saving takes 20\.\d GB of host memory, and 16 GB leave 14.5", answer.value)
+    assert re.search(r"Drawing takes 17\.\d GB of host memory, and 16 GB leave 14.5", answer.value)
     model.value = "no-model"
     assert "There is no folder" in answer.value
 
