@@ -509,14 +509,14 @@ def assemble(name: str, model: dict, call: dict[str, Any] | None = None) -> Diff
             "A cache decides in Python, which no whole graph of a block can hold: name compiled inside, or eager."
         )
     pipeline = STARTS[start](subject)
-    steps = [find_placement(placement, call or {}), COMPILATIONS[compilation]]
+    place, compile_ = find_placement(placement, call or {}), COMPILATIONS[compilation]
     # Compiled after the offloading is enabled, except where the point is to compile inside of the hooks, and before
     # the streaming, which measures what the compiled blocks need.
-    if compilation == "compiled inside" or words[0] == "streamed":
-        steps.reverse()
+    steps = [compile_, place] if compilation == "compiled inside" or words[0] == "streamed" else [place, compile_]
     if threshold is not None:
-        # Around what is offloaded and compiled, so that a skipped block is neither; but streaming measures it, too.
-        steps.insert(1 if words[0] == "streamed" else 2, partial(cache_first_block, threshold=threshold))
+        # Around what is compiled, so that a skipped block is not, and within the offloading. Group offload with a
+        # stream removes a hook of its own after the first forward; diffusers 0.42 then loses the hook around that one.
+        steps = [compile_, partial(cache_first_block, threshold=threshold), place]
     for step in steps:
         step(pipeline, subject)
     check(pipeline, subject, name, start, placement)
