@@ -22,6 +22,7 @@ import nbformat
 from notebook_checks import NOTEBOOKS, ROOT, text_cells, without_code
 
 from helpers import activity, records
+from helpers.predict import SAVE
 
 RESULTS = ROOT / "benchmarks" / "results"
 PIECES = tomllib.loads((Path(__file__).parent / "prose_figures.toml").read_text(encoding="utf-8"))
@@ -107,6 +108,7 @@ def limit(model: str, card: str) -> float:
     )
 
 
+LIMITS = json.loads((RESULTS / "limits_nvidia-h200.json").read_text())
 NAMES: dict[str, Any] = {
     "flux": rows("flux-random_nvidia-h200"),
     "flux_streamed": rows("flux-random_streamed_nvidia-h200"),
@@ -121,8 +123,8 @@ NAMES: dict[str, Any] = {
     "wan_settings": rows("wan-random_settings_nvidia-h200"),
     "lesson_3": rows("wan-random_lesson-3_nvidia-h200"),
     "pocket_settings": rows("wan-pocket_settings_nvidia-h200"),
-    "limits": json.loads((RESULTS / "limits_nvidia-h200.json").read_text()),
-    "saving": json.loads((RESULTS / "limits_nvidia-h100-80gb-hbm3.json").read_text())[0],
+    "limits": LIMITS,
+    "saving": next(row for row in LIMITS if row["program"] == SAVE),
     "slow_bus": json.loads((RESULTS / "slow-bus_nvidia-h100-80gb-hbm3.json").read_text()),
     "copies": {row["copy"]: row for row in json.loads((RESULTS / "copies_nvidia-h200.json").read_text())},
     "flux_activity": activity.load_activities(RESULTS / "flux-random_activity_nvidia-h200.json"),
