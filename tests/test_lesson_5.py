@@ -11,6 +11,7 @@ from pathlib import Path
 import lessons
 import pytest
 import save_nf4
+import tiny_pipelines
 import torch
 from conftest import message_of
 from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline
@@ -175,6 +176,11 @@ def test_a_prompt_without_a_text_encoder(pipeline, lesson):
     pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.tokenizer = pipeline.tokenizer_2 = None
     with pytest.raises(AttributeError, match=symptom("'NoneType' object has no attribute 'tokenize'")):
         lesson["draw"](pipeline)
+    assert "or `'dtype'`" in CELLS["trouble"]
+    other = tiny_pipelines.build("qwen-image")
+    other.text_encoder = other.tokenizer = None
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'dtype'"):
+        other("cat", **tiny_pipelines.CALLS["qwen-image"])
 
 
 def test_a_call_that_is_asked_to_end(pipeline, lesson):
