@@ -76,15 +76,19 @@ def find_out(out: Path | None, is_clip: bool) -> Path:
     return out
 
 
-def check_call(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
-    """Let the pipeline check the call now: its weights take a minute to sort."""
-    if check := getattr(pipeline, "check_inputs", None):
-        defaults = {
-            name: given.default for name, given in inspect.signature(type(pipeline).__call__).parameters.items()
-        }
-        known = {name: (defaults | call).get(name) for name in inspect.signature(check).parameters}
-        if None not in (known.get("height", 0), known.get("width", 0)):
-            check(**known)
+def check_size(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
+    """Let the pipeline check height and width now: to sort its weights takes a minute.
+
+    Raises:
+        ValueError: it does not draw this size.
+    """
+    defaults = {name: given.default for name, given in inspect.signature(type(pipeline).__call__).parameters.items()}
+    try:
+        check = pipeline.check_inputs
+        check(**{name: (defaults | call).get(name) for name in inspect.signature(check).parameters})
+    except Exception as error:  # other arguments are not yet what the call makes of them, and that checks them again
+        if isinstance(error, ValueError) and "height" in str(error) and {"height", "width"} <= call.keys():
+            raise
 
 
 def load(model: Model, compiled: bool) -> DiffusionPipeline:
@@ -115,7 +119,7 @@ def draw(args: argparse.Namespace) -> str:
     print(f"Loading {args.folder} into host memory.", flush=True)
     pipeline = load(model, args.compile)
     try:
-        check_call(pipeline, call)
+        check_size(pipeline, call)
         pipeline.set_progress_bar_config(desc="One step, to measure")
         print(fill_card(pipeline, args.memory_gb, **call), flush=True)
         pipeline.set_progress_bar_config(desc="Drawing")

@@ -228,6 +228,9 @@ def test_a_size_that_cannot_be(folder, monkeypatch):
     with monkeypatch.context() as patch:  # the pipeline says so itself: before the weights are sorted
         patch.setattr(draw, "fill_card", None)
         assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
+    for error in (TypeError("None and 'int'"), ValueError("`num_frames` must be provided"), AttributeError("height")):
+        other = mock.Mock(spec=DiffusionPipeline, check_inputs=mock.Mock(side_effect=error))
+        draw.check_size(other, {"height": 32, "width": 32})  # of arguments that the call fills in before it checks
     said = refusal(folder("flux"), "cat", "--height", "1", "--width", "1", "--steps", "1")
     assert said.startswith("The model draws nothing so small (") and said.endswith("give 64x64 pixels or more.")
 
