@@ -350,7 +350,8 @@ class Streamed:
     def apply(self, function: Callable, recurse: bool = True) -> torch.nn.Module:
         """In place of the `_apply` of the model: `.to` another device ends the streaming.
 
-        After `.to` another dtype it begins again with all that can move: pipelines in float16 upcast their VAE so.
+        After `.to` another dtype it begins again with all that can move, unless all of it stays on the card: pipelines
+        in float16 upcast their VAE so.
         """
         moves, changes = False, False
         for dtype, dim in {(t.dtype, t.dim()) for t in (*self.model.parameters(), *self.model.buffers())}:
@@ -359,12 +360,15 @@ class Streamed:
                 result = function(probe)
                 moves |= result.device != place
                 changes |= (result.dtype, result.stride()) != (dtype, probe.stride())
+        stays = all(parcel.host is None for parcel in (*self.parcels, self.rest))
+        if not moves and stays and next(self.model.buffers(), None) is None:  # `_apply` would replace those
+            return type(self.model)._apply(self.model, function, recurse)
         if moves or changes:
             self.remove()
             self.model._apply(function, recurse)
             if not moves:
-                again = Streamed(self.model, self.ring, self.whole)
-                self.ring.size = max([self.ring.size, *(parcel.bytes for parcel in again.parcels)])
+                self.__init__(self.model, self.ring, self.whole)
+                self.ring.size = max([self.ring.size, *(parcel.bytes for parcel in self.parcels)])
         return self.model
 
     def keep(self, budget: float, as_guests: bool = False) -> int:
@@ -446,7 +450,7 @@ class Filled:
         """End it: all weights go back to where they were."""
         for streamed in self.parts.values():
             if hasattr(streamed.model, "_streamed"):
-                streamed.model._streamed.remove()  # another one than this after a change of dtype
+                streamed.remove()
         if self.tiled_vae:
             self.tiled_vae.disable_tiling()
 

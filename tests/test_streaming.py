@@ -396,7 +396,36 @@ def test_a_vae_that_is_upcast_in_each_call():
     assert not hasattr(pipeline.vae, "_streamed")
     streamed = streaming.stream_blocks(pipeline.unet, 1)  # all of it stays, and there is no ring
     pipeline.unet.to(torch.float32)
-    assert pipeline.unet._streamed.ring.size > 0 and pipeline.unet._streamed is not streamed
+    assert pipeline.unet._streamed is streamed and pipeline.unet.dtype == torch.float32
+    for parcel in streamed.parcels:
+        assert parcel.host is None and all(tensor.dtype == torch.float32 for tensor in parcel.tensors)
+    streamed.remove()
+    streamed = streaming.stream_blocks(pipeline.unet, 0.0015)
+    pipeline.unet.to(torch.bfloat16)  # here it begins again
+    assert pipeline.unet._streamed is streamed and streamed.ring.size > 0 and pipeline.unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("limit_gb", "begins"), [(50, 0), (None, 2)])
+def test_a_vae_that_stays_is_upcast_where_it_is(limit_gb, begins, monkeypatch):
+    """Once there and once back in each call: packing and page-locking it again would take longer than to decode."""
+    pipeline = build("sdxl")
+    for model in modules_of(pipeline).values():
+        model.to(torch.float16)
+    expected = run(pipeline.to(DEVICE), "sdxl")
+    pipeline.to("cpu")
+    filled = (
+        filled_to(pipeline, "sdxl", 0.2)
+        if limit_gb is None
+        else streaming.fill_card(pipeline, limit_gb, **call_of("sdxl"))
+    )
+    run(pipeline, "sdxl")
+    begun, begin = [], streaming.Streamed.__init__
+    monkeypatch.setattr(streaming.Streamed, "__init__", lambda *arguments: (begun.append(1), begin(*arguments))[1])
+    assert torch.equal(run(pipeline, "sdxl"), expected)
+    assert len(begun) == begins and filled.parts["vae"] is pipeline.vae._streamed
+    assert (filled.parts["vae"].rest.host is None) == (limit_gb is not None)
+    filled.remove()
+    assert {tensor.device.type for tensor in pipeline.vae.parameters()} == {"cpu"}
 
 
 def test_tiles_of_a_vae_that_comes_and_goes():
