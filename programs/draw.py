@@ -30,7 +30,7 @@ import helpers  # before the libraries, whose known noise it quiets
 
 helpers.quiet.show_loading_bars()
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLAllegro, DiffusionPipeline
 from diffusers.utils import export_to_gif, export_to_video
 
 from helpers import checks, cpu_backend, devices, files, measure, models
@@ -83,6 +83,8 @@ def check_size(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
         ValueError: it does not draw this size.
     """
     defaults = {name: given.default for name, given in inspect.signature(type(pipeline).__call__).parameters.items()}
+    if "use_resolution_binning" in defaults:  # it draws the nearest of its own sizes
+        return
     try:
         check = pipeline.check_inputs
         check(**{name: (defaults | call).get(name) for name in inspect.signature(check).parameters})
@@ -98,6 +100,8 @@ def load(model: Model, compiled: bool) -> DiffusionPipeline:
         settings["device_map"] = "cpu"
     without = {name: None for name, entry in models.read_index(model.path).items() if entry == [None, None]}
     pipeline = DiffusionPipeline.from_pretrained(model.path, **settings, **without)
+    if isinstance(getattr(pipeline, "vae", None), AutoencoderKLAllegro):
+        pipeline.vae.enable_tiling()  # it decodes in no other way
     torch._dynamo.config.cache_size_limit = 1000
     for denoiser in (getattr(pipeline, name) for name in model.denoisers if compiled):
         for block in find_blocks(denoiser):  # one by one, and the streaming stays outside
@@ -130,10 +134,12 @@ def draw(args: argparse.Namespace) -> str:
         raise TutorialError("The card ran out of memory: draw smaller, or give more by --memory-gb.") from error
     except (MemoryError, NotImplementedError, ValueError) as error:
         raise TutorialError(str(error)) from error  # too low a limit, or a size that the model cannot draw
-    except RuntimeError as error:
-        if min(call.get("height", 64), call.get("width", 64)) >= 64:
-            raise
-        raise TutorialError(f"The model draws nothing so small ({error}): give 64x64 pixels or more.") from error
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
+        if min(call.get("height", 64), call.get("width", 64)) < 64:
+            raise TutorialError(f"The model draws nothing so small ({error}): give 64x64 pixels or more.") from error
+        if (args.steps or 4) < 4:
+            raise TutorialError(f"The model does not draw in so few steps ({error}): give 4 or more.") from error
+        raise
     drawn = output[0][0]  # whatever it is called: the first picture or clip
     if isinstance(drawn, list):
         own = parameters.get("frame_rate") or parameters.get("fps")

@@ -235,6 +235,25 @@ def test_a_size_that_cannot_be(folder, monkeypatch):
     assert said.startswith("The model draws nothing so small (") and said.endswith("give 64x64 pixels or more.")
 
 
+def test_a_model_with_sizes_of_its_own_takes_any():
+    class Binning(DiffusionPipeline):
+        def __call__(self, prompt=None, height=None, width=None, use_resolution_binning=True):
+            """Draws the nearest of its sizes."""
+
+        def check_inputs(self, height, width):
+            raise ValueError(f"{height} is no height of this model")
+
+    draw.check_size(Binning(), {"height": 33, "width": 32})
+
+
+def test_too_few_steps_for_a_scheduler(folder, monkeypatch):
+    monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=IndexError("tuple index out of range")))
+    said = refusal(folder("sd3"), "cat", "--height", "64", "--width", "64", "--steps", "1")
+    assert said == "The model does not draw in so few steps (tuple index out of range): give 4 or more."
+    with pytest.raises(IndexError):
+        draw.main([str(folder("sd3")), "cat", "--height", "64", "--width", "64", "--steps", "4"])
+
+
 def test_an_error_of_a_picture_large_enough_is_shown_as_it_is(folder, monkeypatch):
     monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
