@@ -23,7 +23,7 @@ LARGE = 0.25
 """A text encoder is large, and worth quantizing, from this share of the largest one on."""
 
 MORE_THAN_A_PROMPT = re.compile(
-    "Adapter|Control|controlnet|Edit|Fill|I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
+    "Adapter|Control|controlnet|Edit|Fill|(?<!T)I2V|Img2Img|Inpaint|Pix2Pix|Prior|Refiner|Resolution"
     "|(Image|Video)To(Video|World)"
 )
 """In the name of a pipeline or of a component: it starts from a picture or a clip."""

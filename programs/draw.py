@@ -7,6 +7,7 @@ helpers/streaming.py decides what stays on the card and what is streamed there, 
 """
 
 import argparse
+import contextlib
 import inspect
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 def stop(*_) -> None:
@@ -61,6 +63,8 @@ def find_call(model: Model, args: argparse.Namespace) -> dict[str, Any]:
             if name is None:
                 raise TutorialError(f"A {kind} takes no {names[0]}: leave --{option.replace('_', '-')} out.")
             call[name] = value
+            if option in ("steps", "guidance_scale") and "guidance_schedule" in parameters:
+                call["guidance_schedule"] = None  # Ideogram's has a scale for each of 48 steps
     return call
 
 
@@ -76,21 +80,25 @@ def find_out(out: Path | None, is_clip: bool) -> Path:
     return out
 
 
-def check_size(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
-    """Let the pipeline check height and width now: to sort its weights takes a minute.
+class Checked(Exception):
+    """The pipeline has checked its arguments."""
+
+
+def check_call(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
+    """Let a call begin, up to where the pipeline has checked its arguments: to sort the weights takes a minute.
 
     Raises:
-        ValueError: it does not draw this size.
+        ValueError: it does not draw this.
     """
-    defaults = {name: given.default for name, given in inspect.signature(type(pipeline).__call__).parameters.items()}
-    if "use_resolution_binning" in defaults:  # it draws the nearest of its own sizes
-        return
-    try:
-        check = pipeline.check_inputs
-        check(**{name: (defaults | call).get(name) for name in inspect.signature(check).parameters})
-    except Exception as error:  # other arguments are not yet what the call makes of them, and that checks them again
-        if isinstance(error, ValueError) and "height" in str(error) and {"height", "width"} <= call.keys():
-            raise
+    check = getattr(pipeline, "check_inputs", None)
+
+    def check_and_stop(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        raise Checked
+
+    if check and "check_inputs(" in inspect.getsource(type(pipeline).__call__):
+        with mock.patch.object(pipeline, "check_inputs", check_and_stop), contextlib.suppress(Checked):
+            pipeline(**call)
 
 
 def load(model: Model, compiled: bool) -> DiffusionPipeline:
@@ -121,9 +129,9 @@ def draw(args: argparse.Namespace) -> str:
     if args.memory_gb:
         devices.limit_memory(args.memory_gb)
     print(f"Loading {args.folder} into host memory.", flush=True)
-    pipeline = load(model, args.compile)
     try:
-        check_size(pipeline, call)
+        pipeline = load(model, args.compile)
+        check_call(pipeline, call)
         pipeline.set_progress_bar_config(desc="One step, to measure")
         print(fill_card(pipeline, args.memory_gb, **call), flush=True)
         pipeline.set_progress_bar_config(desc="Drawing")
@@ -134,12 +142,14 @@ def draw(args: argparse.Namespace) -> str:
         raise TutorialError("The card ran out of memory: draw smaller, or give more by --memory-gb.") from error
     except (MemoryError, NotImplementedError, ValueError) as error:
         raise TutorialError(str(error)) from error  # too low a limit, or a size that the model cannot draw
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
-        if min(call.get("height", 64), call.get("width", 64)) < 64:
-            raise TutorialError(f"The model draws nothing so small ({error}): give 64x64 pixels or more.") from error
-        if (args.steps or 4) < 4:
-            raise TutorialError(f"The model does not draw in so few steps ({error}): give 4 or more.") from error
-        raise
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError) as error:
+        given = [f"--{option}" for option in ("width", "height", "steps", "frames") if getattr(args, option)]
+        ways = [f"change or leave out {', '.join(given)}"] if given else []
+        ways += ["draw from the model that it was before nf4"] if model.is_quantized else []
+        if not ways:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise TutorialError(f"The model does not draw like this ({why}): {', or '.join(ways)}.") from error
     drawn = output[0][0]  # whatever it is called: the first picture or clip
     if isinstance(drawn, list):
         own = parameters.get("frame_rate") or parameters.get("fps")
@@ -184,6 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
         drawn, took = measure.measure_load(lambda: draw(args))
     except TutorialError as error:
         sys.exit(str(error))
+    except ImportError as error:
+        sys.exit(f"This model needs one more package: {' '.join(str(error).split())}")
     except OSError as error:
         sys.exit(f"The system refused: {files.reason(error)}.")
     print(f"{drawn}, at most {took.host_peak_gb:.1f} GB of host memory.")

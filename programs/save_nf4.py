@@ -40,6 +40,8 @@ from helpers.errors import TutorialError
 from helpers.models import Model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+# Layers whose weights are used without a call of the layer, which alone knows what nf4 is.
+KEPT = {"HunyuanDiT2DModel": ["pooler"], "AnyFlowTransformer3DModel": ["condition_embedder"]}
 LOAD_FILE = model_loading_utils.load_state_dict
 UNFINISHED = "model_index.unfinished"  # the index has this name until all that it lists is written
 ELSEWHERE = "give another folder as OUT"
@@ -89,7 +91,9 @@ def save_component(name: str, model: Model, out: Path, device: str) -> None:
     settings = {"dtype": torch.bfloat16, "variant": "fp16" if all(".fp16" in file for file in weights) else None}
     if name in model.quantized:
         library = diffusers if issubclass(cls, diffusers.ModelMixin) else transformers
-        settings["quantization_config"] = library.BitsAndBytesConfig(**NF4)
+        settings["quantization_config"] = library.BitsAndBytesConfig(
+            **NF4, llm_int8_skip_modules=KEPT.get(cls.__name__)
+        )
     if name not in model.quantized or device == "cpu":
         settings["device_map"] = "cpu"  # without it, weights are quantized on the card
     with mock.patch.object(model_loading_utils, "load_state_dict", load_file):

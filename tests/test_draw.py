@@ -182,6 +182,7 @@ def test_pipelines_of_several_pipelines(folder, monkeypatch):
         ("WanPipeline", {"num_frames": 5}),
         ("SanaVideoPipeline", {"frames": 5}),
         ("LattePipeline", {"video_length": 5}),
+        ("Kandinsky6TI2VAPipeline", {"num_frames": 5}),
         ("StableAudioPipeline", None),
         ("QwenImageEditPipeline", None),
         ("LTXImageToVideoPipeline", None),
@@ -200,6 +201,15 @@ def test_each_pipeline_is_called_in_its_own_words(kind, call, here):
     else:
         small = {"prompt": "cat", "output_type": "pil", "height": 8, "num_inference_steps": 1}
         assert draw.find_call(model, args) == small | call
+
+
+@pytest.mark.parametrize("given", [None, 9])
+def test_a_schedule_for_other_steps_is_left_out(given, here):
+    (here / "model_index.json").write_text('{"_class_name": "Ideogram4Pipeline"}')
+    model = SimpleNamespace(path=str(here), pipeline_class=diffusers.Ideogram4Pipeline)
+    args = SimpleNamespace(prompt="cat", steps=given, **dict.fromkeys(set(draw.OPTIONS) - {"steps"}))
+    schedule = {} if given is None else {"num_inference_steps": 9, "guidance_schedule": None}
+    assert draw.find_call(model, args) == {"prompt": "cat", "output_type": "pil"} | schedule
 
 
 @pytest.mark.parametrize("option", ["--memory-gb", "--width", "--height", "--steps", "--frames", "--fps"])
@@ -224,40 +234,64 @@ def test_too_little_memory(folder):
     assert said.startswith(("With every block streamed a call takes ", "The card has no room")) and "give more" in said
 
 
-def test_a_size_that_cannot_be(folder, monkeypatch):
-    with monkeypatch.context() as patch:  # the pipeline says so itself: before the weights are sorted
-        patch.setattr(draw, "fill_card", None)
-        assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
-    for error in (TypeError("None and 'int'"), ValueError("`num_frames` must be provided"), AttributeError("height")):
-        other = mock.Mock(spec=DiffusionPipeline, check_inputs=mock.Mock(side_effect=error))
-        draw.check_size(other, {"height": 32, "width": 32})  # of arguments that the call fills in before it checks
-    said = refusal(folder("flux"), "cat", "--height", "1", "--width", "1", "--steps", "1")
-    assert said.startswith("The model draws nothing so small (") and said.endswith("give 64x64 pixels or more.")
+def test_a_size_that_cannot_be_is_said_before_the_weights_are_sorted(folder, monkeypatch):
+    monkeypatch.setattr(draw, "fill_card", None)
+    assert "divisible by" in refusal(folder("sd3"), "cat", "--height", "33", "--width", "32")
 
 
-def test_a_model_with_sizes_of_its_own_takes_any():
+@pytest.mark.parametrize("has_check", [True, False])
+def test_a_call_is_checked_with_what_the_pipeline_makes_of_it(has_check):
+    """Some draw the nearest of their own sizes. And what checks nothing must not draw here, on the CPU."""
+
     class Binning(DiffusionPipeline):
-        def __call__(self, prompt=None, height=None, width=None, use_resolution_binning=True):
-            """Draws the nearest of its sizes."""
+        drawn = False
 
-        def check_inputs(self, height, width):
-            raise ValueError(f"{height} is no height of this model")
+        def __call__(self, height):
+            height = height // 32 * 32
+            if has_check:
+                self.check_inputs(height)
+            self.drawn = True
 
-    draw.check_size(Binning(), {"height": 33, "width": 32})
+        def check_inputs(self, height):
+            if height != 64:
+                raise ValueError(f"{height} is no height of this model")
+
+    if not has_check:
+        Binning.__call__ = lambda self, height: setattr(self, "drawn", True)
+    pipeline = Binning()
+    draw.check_call(pipeline, {"height": 65})
+    if has_check:
+        with pytest.raises(ValueError, match="96 is no height"):
+            draw.check_call(pipeline, {"height": 99})
+    assert not pipeline.drawn
+    pipeline(height=64)
+    assert pipeline.drawn
 
 
-def test_too_few_steps_for_a_scheduler(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "nf4", "way"),
+    [
+        (["--height", "64", "--width", "64"], False, "change or leave out --width, --height."),
+        (["--steps", "1"], False, "change or leave out --steps."),
+        (["--steps", "1"], True, "change or leave out --steps, or draw from the model that it was before nf4."),
+        ([], True, "draw from the model that it was before nf4."),
+    ],
+)
+def test_what_a_model_cannot_draw(options, nf4, way, folder, monkeypatch):
     monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=IndexError("tuple index out of range")))
-    said = refusal(folder("sd3"), "cat", "--height", "64", "--width", "64", "--steps", "1")
-    assert said == "The model does not draw in so few steps (tuple index out of range): give 4 or more."
-    with pytest.raises(IndexError):
-        draw.main([str(folder("sd3")), "cat", "--height", "64", "--width", "64", "--steps", "4"])
+    said = refusal(folder("sd3", nf4), "cat", *options)
+    assert said == f"The model does not draw like this (IndexError: tuple index out of range): {way}"
 
 
-def test_an_error_of_a_picture_large_enough_is_shown_as_it_is(folder, monkeypatch):
+def test_an_error_that_no_option_has_to_do_with_is_shown_as_it_is(folder, monkeypatch):
     monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
-        draw.main([str(folder("sd3")), "cat", "--height", "64", "--width", "64"])
+        draw.main([str(folder("sd3")), "cat"])
+
+
+def test_a_package_that_a_model_needs(folder, monkeypatch):
+    monkeypatch.setattr(draw, "fill_card", mock.Mock(side_effect=ImportError("\nIt requires\nTorchvision.\n")))
+    assert refusal(folder("sd3"), "cat") == "This model needs one more package: It requires Torchvision."
 
 
 def test_the_allocator_is_told_before_torch_is_imported(monkeypatch, capsys):

@@ -15,7 +15,13 @@ import save_nf4
 import tiny_pipelines
 import torch
 from conftest import build_pipeline
-from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DiffusionPipeline,
+    HunyuanDiT2DModel,
+    StableDiffusionXLControlNetPipeline,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -236,6 +242,22 @@ def test_checkpoints_that_cannot_be(pixart, tmp_path, monkeypatch):
     (pixart / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert "is cut short" in refusal(pixart, out)
     assert not out.exists()
+
+
+def test_layers_that_are_not_called_stay_as_they_are(tmp_path):
+    """HunyuanDiT gives the weights of its pooler to `F.multi_head_attention_forward`, which knows nothing of nf4."""
+    widths = dict.fromkeys(
+        ("hidden_size", "pooled_projection_dim", "cross_attention_dim", "cross_attention_dim_t5"), 64
+    )
+    heads = {"num_attention_heads": 2, "attention_head_dim": 32, "sample_size": 16, "patch_size": 2, "in_channels": 4}
+    HunyuanDiT2DModel(**widths, **heads, num_layers=2, text_len=8, text_len_t5=8).save_pretrained(
+        tmp_path / "transformer"
+    )
+    model = SimpleNamespace(path=tmp_path, component_class=lambda name: HunyuanDiT2DModel, quantized=("transformer",))
+    save_nf4.save_component("transformer", model, tmp_path / "out", "cpu")
+    saved = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    quantized = [name for name in saved if "quant_state" in name]
+    assert quantized and not any("pooler" in name for name in quantized)
 
 
 def test_what_draw_refuses_is_saved_for_other_programs_and_it_says_so(pixart, tmp_path, capsys, monkeypatch):
