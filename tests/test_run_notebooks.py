@@ -68,7 +68,8 @@ def test_passing_and_failing(tmp_path):
     stored = [path for path in paths if path != paths[3]]
     lines = output.splitlines()
     assert process.returncode == 1
-    assert errors == ""
+    # A kernel that is ending may write this one line: libzmq, when its socket is closed while it is asked.
+    assert [line for line in errors.splitlines() if "Assertion failed: pfd.revents & POLLIN" not in line] == []
     assert lines[0].startswith("01_good  passed")
     assert lines[1].startswith("02_bad  FAILED")
     assert lines[1].endswith("cell 2 (result = 1 / 0): ZeroDivisionError: division by zero")
