@@ -22,6 +22,7 @@ import psutil
 from helpers import models, records
 from helpers.cards import GB, Card, find_card, this_card, usual_card, usual_gb
 from helpers.errors import TutorialError
+from helpers.files import size
 from helpers.headers import read_shape
 from helpers.predict import Call, Prediction, Recorded, load_recorded, predict, read_at_once, shape_of_row
 from helpers.prediction_errors import describe_errors
@@ -93,7 +94,7 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     compiled = gains_s > compile_s
     made = both[compiled]
     if made.least_gb > limit:
-        takes = f"With every block streamed a call takes {size(made.least_gb)}"
+        takes = f"With every block streamed a call takes {size(made.least_gb * GB)}"
         return Plan([], {}, f"{takes}, and this card leaves {max(limit, 0):.1f}: draw smaller, or fewer frames.")
     lines, figures, saving_gb = _saving(request, shape, recorded)
     texts = {key: quoted(value) if key == "negative_prompt" else f"{value:g}" for key, value in options.items()}
@@ -104,7 +105,9 @@ def recommend(request: Request, shape: Shape, recorded: Recorded) -> Plan:
     why = f"compiling takes {compile_s:.0f} s ({of}) and saves {seconds(gains_s)}"
     figures |= drawing | {"--compile": Figure("yes" if compiled else "no", f"{why}: worked out")}
     if row is None:
-        figures["least"] = Figure(f"{size(made.least_gb)} reserved", "all blocks streamed; decoding may be half off")
+        figures["least"] = Figure(
+            f"{size(made.least_gb * GB)} reserved", "all blocks streamed; decoding may be half off"
+        )
     if made.tiled:
         figures["decoding"] = Figure("in tiles", f"whole it needs more than {given:g} GB: worked out")
     left_gb, problem = request.ram_gb - SYSTEM_GB, ""
@@ -183,8 +186,8 @@ def _drawing(
             begin_s, begin = row.load_s, f"{of}, compiling included"
     begin_s, drawn_s = max(begin_s, 1), call.steps * step_s + outside_s
     figures = {
-        "memory of the card": Figure(f"{size(reserved_gb)} reserved", memory),
-        "host memory": Figure(size(host_gb), host),
+        "memory of the card": Figure(f"{size(reserved_gb * GB)} reserved", memory),
+        "host memory": Figure(size(host_gb * GB), host),
         "before it draws": Figure(seconds(begin_s), begin),
         "a step": Figure(seconds(step_s), step),
         drawn(call): Figure(seconds(drawn_s), f"{call.steps} steps, the prompt, the decoding"),
@@ -214,13 +217,13 @@ def _saving(request: Request, shape: Shape, recorded: Recorded) -> tuple[list[st
         host = "worked out: a file beside the largest part in nf4, or the largest text encoder"
     else:
         per_gb = row["call_s"] / recorded.save_gb if row else 0.5
-        card, time_s = f"{size(card_gb)} reserved", per_gb * stored_gb
+        card, time_s = f"{size(card_gb * GB)} reserved", per_gb * stored_gb
         why = "recorded run, by GB; a slow disk adds to it"
-    disk = f"and {size(stored_gb)} for the model in bfloat16, or {size(2 * stored_gb)} in float32"
+    disk = f"and {size(shape.stored)} for the model in bfloat16, or {size(2 * shape.stored)} in float32"
     figures = {
         "to save: memory of the card": Figure(card, memory),
-        "to save: host memory": Figure(size(host_gb), host),
-        "to save: disk": Figure(size(shape.weights / GB), disk),
+        "to save: host memory": Figure(size(host_gb * GB), host),
+        "to save: disk": Figure(size(shape.weights), disk),
         "to save: time": Figure(seconds(max(time_s, 1)), why),
     }
     return [line], figures, host_gb
@@ -241,11 +244,6 @@ def drawn(call: Call) -> str:
 def quoted(text: str) -> str:
     """An argument for a shell: in double quotes, which every shell knows, unless it has signs of meaning there."""
     return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
-
-
-def size(gb: float) -> str:
-    """GB, or MB of what is small, such as a pocket model."""
-    return f"{gb:.1f} GB" if gb >= 0.1 else f"{1e3 * gb:.0f} MB"
 
 
 def seconds(value: float) -> str:

@@ -535,7 +535,7 @@ def test_a_negative_prompt_reaches_the_program_as_it_is(prompt):
 def test_a_small_model_has_megabytes():
     made = plan.find_plan(request(model=str(ROOT / "checkpoints" / "pocket-flux")))
     assert made.figures["to save: disk"] == plan.Figure(
-        "8 MB", "and 18 MB for the model in bfloat16, or 37 MB in float32"
+        "7.8 MB", "and 18.3 MB for the model in bfloat16, or 36.6 MB in float32"
     )
 
 
